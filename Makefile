@@ -1,0 +1,39 @@
+# Everything sets itself up in .venv first, once; `make demo` and `make test` are all that a fresh clone needs.
+PYTHON ?= python3
+BIN := .venv/bin
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+QUIET := DICLIP_HEADLESS=1 MPLBACKEND=agg
+
+.PHONY: help setup demo test lab notebooks
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("found Python %d.%d, expected 3.11 or newer: make PYTHON=python3.11" % v[:2])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt -e .
+	@touch $@
+
+.venv/ready-test: .venv/ready
+	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
+	@touch $@
+
+setup: .venv/ready  ## install into .venv
+
+demo: .venv/ready  ## run the notebooks 00 to 05 and score the ladder, into runs/demo
+	$(BIN)/diclip demo
+
+test: .venv/ready-test  ## check style, code, parity and notebooks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(QUIET) $(BIN)/python -m pytest -q -n 2 --dist loadscope --nbval-lax --nbval-current-env \
+		--nbval-cell-timeout=600 --nbval-kernel-startup-timeout=120 $(NOTEBOOKS)
+
+lab: .venv/ready  ## open JupyterLab on this machine
+	$(BIN)/jupyter lab --ip=127.0.0.1 notebooks
+
+notebooks: .venv/ready  ## execute every notebook again and keep the outputs
+	$(QUIET) $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=None \
+		--ExecutePreprocessor.record_timing=False --ExecutePreprocessor.store_widget_state=False $(NOTEBOOKS)

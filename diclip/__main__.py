@@ -1,0 +1,216 @@
+"""The command line: `diclip` or `python -m diclip`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diclip import __version__
+from diclip.runs import write_json
+from diclip.settings import PRESETS, ROOT, Settings, load_settings, shown
+
+Result = dict[str, Any]
+
+
+def demo(args: argparse.Namespace) -> Result:
+    from diclip.demo import run_demo
+
+    return run_demo(_settings(args))
+
+
+def run(args: argparse.Namespace) -> Result:
+    from diclip.runs import run_notebook
+
+    parameters = {**_yaml(args.file), **_preset(args), **dict(args.parameter), **_overrides(args)}
+    return {"notebook": shown(run_notebook(find_notebook(args.notebook), parameters, echo=True))}
+
+
+def evaluate(args: argparse.Namespace) -> Result:
+    from diclip.evaluate import evaluate
+    from diclip.runs import progress
+
+    named = {name: getattr(args, name) for name in ("method", "split") if getattr(args, name)}
+    return evaluate(_settings(args, **named), progress)
+
+
+def pretrain(args: argparse.Namespace) -> Result:
+    from diclip.pretrain import pretrain
+    from diclip.runs import progress
+
+    return pretrain(args.model, _settings(args), progress)
+
+
+def data_minivoc(args: argparse.Namespace) -> Result:
+    from diclip.data import prepare
+
+    return {"folder": shown(prepare(_settings(args, dataset="minivoc")))}
+
+
+def data_check(args: argparse.Namespace) -> Result:
+    from diclip.data import dataset_folder
+    from diclip.data.check import check_folder
+
+    folder = Path(args.folder) if args.folder else dataset_folder(_settings(args))
+    return {"folder": shown(folder.resolve()), "problems": check_folder(folder.resolve())}
+
+
+def find_notebook(name: str) -> Path:
+    """Return the notebook with that path, or that title or number in notebooks/ ("training", "06")."""
+    if name.endswith(".ipynb"):
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"there is no notebook {name}")
+        return Path(name).resolve()
+    notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    for notebook in notebooks:
+        if name in (notebook.stem, *notebook.stem.split("_", 1)):
+            return notebook
+    have = ", ".join(notebook.stem for notebook in notebooks) or "none"
+    raise FileNotFoundError(f"there is no notebook {name!r} in notebooks/, which has {have}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser; each command's `call` takes the arguments and returns what to show."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--preset", choices=PRESETS, help="where the settings start from (default: mini)")
+    repeated = {"action": "append", "default": []}
+    common.add_argument("--set", metavar="NAME=VALUE", type=_pair, help="change a setting", **repeated)
+    common.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="write the result as JSON; without FILE print it"
+    )
+    names = "\n".join(f"  {name:<17} {field.description}" for name, field in Settings.model_fields.items())
+    top = argparse.ArgumentParser(
+        prog="diclip",
+        description=sys.modules["diclip"].__doc__,
+        epilog=f"settings:\n{names}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"diclip {__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, call: Any, text: str, *, within: Any = commands) -> argparse.ArgumentParser:
+        made = within.add_parser(name, help=text, description=text, parents=[common])
+        made.set_defaults(call=call)
+        return made
+
+    command("demo", demo, "run the notebooks 00 to 05 and the ladder on the embedded default")
+    notebook = command("run", run, "run a notebook with papermill in a run folder of its own")
+    notebook.add_argument("notebook", help="a path, or a notebook's number or title")
+    notebook.add_argument("-f", "--file", type=Path, help="YAML file of parameters")
+    notebook.add_argument("-p", "--parameter", nargs=2, metavar=("NAME", "VALUE"), help="set one", **repeated)
+    scored = command("evaluate", evaluate, "score a method, rung by rung")
+    scored.add_argument("--method", help="the system, as --set method=…")
+    scored.add_argument("--split", help="the images, as --set split=…")
+    model = command("pretrain", pretrain, "train one of the two embedded models")
+    model.add_argument("model", choices=("clip", "diffusion"))
+    data = commands.add_parser("data", help="draw or check a dataset")
+    data = data.add_subparsers(required=True, metavar="WHAT")
+    command("minivoc", data_minivoc, "draw MiniVOC", within=data)
+    check = command("check", data_check, "open every file of a dataset and list what is wrong", within=data)
+    check.add_argument("folder", nargs="?", help="folder in VOC's layout (default: the settings' dataset)")
+    return top
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected NAME=VALUE")
+    return name, value
+
+
+def _overrides(args: argparse.Namespace) -> dict[str, str | None]:
+    return {name: None if value.lower() in ("none", "null") else value for name, value in args.set}
+
+
+def _preset(args: argparse.Namespace) -> dict[str, str]:
+    return {"preset": args.preset} if args.preset else {}
+
+
+def _settings(args: argparse.Namespace, **fixed: Any) -> Settings:
+    return load_settings(**{**_preset(args), **_overrides(args), **fixed})
+
+
+def _yaml(path: Path | None) -> dict[str, Any]:
+    import yaml
+
+    if path is None:
+        return {}
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: found {type(found).__name__}, expected lines `name: value`")
+    return {str(name): value for name, value in found.items()}
+
+
+def brief(result: Result) -> Result:
+    """Keep of an evaluation what fits a screen; --json shows all of it."""
+    if "miou_one_minus_max" not in result:
+        return {name: brief(value) if isinstance(value, dict) else value for name, value in result.items()}
+    settings, rows = result["settings"], []
+    for kind, spread in (("ladder", "intervals"), ("baselines", "baseline_intervals")):
+        for name, value in result[kind].items():
+            low, high = result[spread][name]
+            both = {rule: result[f"miou_{rule}"].get(name) for rule in ("tuned_background", "one_minus_max")}
+            rows.append({"rung": name, "mIoU": value, "low": low, "high": high, **both})
+    return {
+        "method": settings["method"],
+        "images": f"{result['images']} of {settings['dataset']}, split {settings['split']}",
+        "mIoU in per cent, 95 % bootstrap over images": rows,
+        "recognition in per cent": result["recognition"],
+    }
+
+
+def text(result: Result) -> str:
+    """Lay a result out for reading: plain values a line each, lists of mappings as tables."""
+    lines = []
+    for name, value in result.items():
+        if isinstance(value, Mapping):
+            lines += [f"{name}:", *(f"  {line}" for line in text(dict(value)).splitlines())]
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+            lines += [f"{name}:", *(f"  {line}" for line in table(value))]
+        elif isinstance(value, list):
+            lines += [f"{name}: {len(value) or 'none'}", *(f"  {_cell(item)}" for item in value)]
+        else:
+            lines.append(f"{name}: {_cell(value)}")
+    return "\n".join(lines)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Align rows with the same keys as columns, numbers to the right; what is nested is left to --json."""
+    columns = [key for key, value in rows[0].items() if not isinstance(value, (Mapping, list))]
+    cells = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
+    widths = [max(len(line[index]) for line in cells) for index in range(len(columns))]
+    sides = [">" if isinstance(rows[0][column], (int, float)) else "<" for column in columns]
+    layout = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
+    return [layout.format(*line).rstrip() for line in cells]
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else "–" if value is None else str(value)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code: 0, 1 for problems found in data, 2 for what cannot be done."""
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of names not in the parameters cell
+    args = parser().parse_args(arguments)
+    try:
+        result = args.call(args)
+        if args.json not in (None, "-"):
+            write_json(args.json, result)
+    except (ValueError, OSError) as error:  # OSError: files that are missing, a disk that is full
+        print("diclip:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    print(json.dumps(result, indent=2, ensure_ascii=False) if args.json == "-" else text(brief(result)))
+    return 1 if result.get("problems") else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,266 @@
+import base64
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import numpy as np
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+
+from diclip.__main__ import brief, find_notebook, main, table, text
+from diclip.settings import ROOT, load_settings
+
+REPORT = {
+    "ladder": {"clip": 24.06, "intra": 39.1},
+    "intervals": {"clip": [22.0, 26.5], "intra": [37.0, 41.0]},
+    "baselines": {"grabcut": 26.0},
+    "baseline_intervals": {"grabcut": [24.0, 28.0]},
+    "miou_tuned_background": {"clip": 24.06, "intra": 39.1},
+    "miou_one_minus_max": {"clip": 20.0, "intra": 36.0},
+    "recognition": {"zero_shot": None, "tag_map": 61.5},
+    "classes": {"clip": {}},
+    "images": 1000,
+}
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Stand in for modules that take minutes: return what the command passed them."""
+
+    def install(module: str, **functions):
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(**functions))
+
+    return install
+
+
+def test_module_and_console_command_are_one(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "diclip", "run", "nothing"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("diclip: there is no notebook 'nothing' in notebooks/, which has ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_help_lists_commands_and_settings(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0
+    for word in ("demo", "run", "evaluate", "pretrain", "data", "tau_box", "background_words"):
+        assert f"  {word} " in out
+
+
+def test_evaluate_passes_settings_and_prints_what_fits_a_screen(fake, capsys):
+    seen = []
+
+    def evaluate(settings, progress):
+        seen.append(settings)
+        return {**REPORT, "settings": settings.model_dump(mode="json")}
+
+    fake("diclip.evaluate", evaluate=evaluate)
+    arguments = ["evaluate", "--preset", "voc", "--set", "split=train", "--set", "clip_pretrained=none"]
+    assert main([*arguments, "--set", "background_words=sky,grass"]) == 0
+    assert seen == [
+        load_settings("voc", split="train", clip_pretrained=None, background_words=("sky", "grass"))
+    ]
+    assert capsys.readouterr().out.splitlines() == [
+        "method: clip",
+        "images: 1000 of voc, split train",
+        "mIoU in per cent, 95 % bootstrap over images:",
+        "  rung      mIoU    low   high  tuned_background  one_minus_max",
+        "  clip     24.06  22.00  26.50             24.06          20.00",
+        "  intra    39.10  37.00  41.00             39.10          36.00",
+        "  grabcut  26.00  24.00  28.00                 –              –",
+        "recognition in per cent:",
+        "  zero_shot: –",
+        "  tag_map: 61.50",
+    ]
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["classes"] == REPORT["classes"]
+
+
+def test_a_real_report_fits_the_screen():
+    evaluate = pytest.importorskip("diclip.evaluate")
+    counts = np.tile([[2, 3, 4]], (5, 3, 1))  # five images, background and two classes
+    found = evaluate.Evaluation(
+        settings=load_settings(),
+        names=list("abcde"),
+        classes=("cat", "dog"),
+        refined=("caa",),
+        background={"clip": 0.4, "caa": 0.5},
+        tuned={"clip": counts, "caa": counts},
+        one_minus_max={"clip": counts, "caa": counts},
+        baselines={"grabcut": counts},
+        similarity=np.eye(5, 2),
+        tags=np.eye(5, 2, dtype=bool),
+    )
+    lines = text(brief(evaluate.report(found))).splitlines()
+    assert lines[1] == "images: 5 of minivoc, split val"
+    assert [line.split()[:2] for line in lines[4:7]] == [
+        [name, "40.00"] for name in ("clip", "caa", "grabcut")
+    ]
+
+
+def test_pretrain_passes_the_model(fake, capsys):
+    fake(
+        "diclip.pretrain", pretrain=lambda model, settings, progress: {"model": model, "seed": settings.seed}
+    )
+    assert main(["pretrain", "clip", "--set", "seed=4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"model": "clip", "seed": 4}
+
+
+def test_run_merges_file_parameters_and_settings(monkeypatch, tmp_path, capsys):
+    seen = {}
+    monkeypatch.setattr("diclip.runs.run_notebook", lambda path, given, echo: seen.update(given) or path)
+    (tmp_path / "a.ipynb").write_text("{}")
+    (tmp_path / "voc.yaml").write_text("preset: voc\nlimit: 5\nseed: 1\nbackground_words: [sky]\n")
+    arguments = ["run", str(tmp_path / "a.ipynb"), "-f", str(tmp_path / "voc.yaml")]
+    assert main([*arguments, "-p", "limit", "7", "-p", "seed", "9", "--set", "seed=2"]) == 0
+    assert seen == {"preset": "voc", "limit": "7", "seed": "2", "background_words": ["sky"]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("- a\n- b\n", "found list, expected lines"), ("a: [1", "is no YAML")]
+)
+def test_run_refuses_other_yaml(tmp_path, capsys, content, message):
+    (tmp_path / "a.ipynb").write_text("{}")
+    (tmp_path / "bad.yaml").write_text(content)
+    assert main(["run", str(tmp_path / "a.ipynb"), "-f", str(tmp_path / "bad.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("no\n  such\nthing"), FileNotFoundError("no such thing"), OSError("no such thing")]
+)
+def test_errors_are_one_line(fake, capsys, error):
+    def evaluate(settings, progress):
+        raise error
+
+    fake("diclip.evaluate", evaluate=evaluate)
+    assert main(["evaluate"]) == 2
+    assert capsys.readouterr() == ("", "diclip: no such thing\n")
+
+
+def test_wrong_settings_and_pairs(fake, capsys):
+    fake("diclip.evaluate", evaluate=None)
+    assert main(["evaluate", "--set", "bach_size=3"]) == 2
+    assert capsys.readouterr().err == "diclip: unknown setting 'bach_size': did you mean 'batch_size'?\n"
+    with pytest.raises(SystemExit, match="2"):
+        main(["evaluate", "--set", "bach_size"])
+    assert "found 'bach_size', expected NAME=VALUE" in capsys.readouterr().err
+
+
+def test_data_check(voc_folder, capsys):
+    assert main(["data", "check", str(voc_folder)]) == 0
+    assert capsys.readouterr().out.endswith("problems: none\n")
+    (voc_folder / "JPEGImages/a.jpg").unlink()
+    assert main(["data", "check", str(voc_folder), "--json"]) == 1
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert problem.endswith("JPEGImages/a.jpg: there is no such file")
+    assert main(["data", "check", "--preset", "voc", "--set", f"data_root={voc_folder}"]) == 2
+
+
+def test_data_minivoc(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(
+        "diclip.data.minivoc.write_minivoc",
+        lambda root, *, seed, progress: (root / f"minivoc-{seed}").mkdir(),
+    )
+    assert main(["data", "minivoc", "--set", "minivoc_seed=5", "--set", f"data_root={tmp_path}"]) == 0
+    assert capsys.readouterr().out == f"folder: {tmp_path / 'minivoc-5'}\n"
+
+
+def test_find_notebook(monkeypatch, tmp_path):
+    monkeypatch.setattr("diclip.__main__.ROOT", tmp_path)
+    (tmp_path / "notebooks").mkdir()
+    paths = [tmp_path / f"notebooks/{name}.ipynb" for name in ("00_setup", "06_training")]
+    for path in paths:
+        path.touch()
+    for name in ("training", "06", "06_training", str(paths[1])):
+        assert find_notebook(name) == paths[1]
+    with pytest.raises(
+        FileNotFoundError, match="no notebook 'train' in notebooks/, which has 00_setup, 06_training"
+    ):
+        find_notebook("train")
+    with pytest.raises(FileNotFoundError, match="no notebook nowhere.ipynb"):
+        find_notebook("nowhere.ipynb")
+
+
+def test_text_shows_lists_and_nested_results():
+    assert text({"a": {"b": 1.0, "c": ["x", "y"]}}).splitlines() == [
+        "a:",
+        "  b: 1.00",
+        "  c: 2",
+        "    x",
+        "    y",
+    ]
+    assert table([{"name": "x", "n": 10}, {"name": "long", "n": 2}]) == ["name   n", "x     10", "long   2"]
+
+
+# The demo
+
+
+PNG = base64.b64encode(b"\x89PNG a picture").decode()
+
+
+@pytest.fixture
+def demo(fake, monkeypatch, tmp_path):
+    """Return a function that runs the demo on stand-ins for notebooks and evaluation."""
+    (tmp_path / "notebooks").mkdir()
+    for name in ("00_setup", "02_patches", "06_training", "A1_pretrain_mini"):
+        (tmp_path / f"notebooks/{name}.ipynb").touch()
+
+    def run_notebook(path, parameters):
+        folder = Path(parameters["run_dir"])
+        folder.mkdir(parents=True)
+        picture = new_output("display_data", data={"image/png": PNG})
+        words = new_output("stream", text=str(parameters["seed"]))
+        nbformat.write(new_notebook(cells=[new_code_cell(outputs=[words, picture])]), folder / path.name)
+        return folder / path.name
+
+    def run(evaluate):
+        fake("diclip.evaluate", evaluate=evaluate)
+        monkeypatch.delitem(sys.modules, "diclip.demo", raising=False)
+        import diclip.demo
+
+        monkeypatch.setattr(diclip.demo, "ROOT", tmp_path)
+        monkeypatch.setattr(diclip.demo, "run_notebook", run_notebook)
+        return diclip.demo.run_demo(load_settings(seed=2))
+
+    return run
+
+
+def test_demo_shows_the_ladder_and_replaces_only_itself(demo, tmp_path):
+    (tmp_path / "runs/demo").mkdir(parents=True)
+    (tmp_path / "runs/demo/old").touch()
+    (tmp_path / "runs/mine").mkdir()
+    found = demo(lambda settings, progress: {"try": settings.seed})
+    assert found["evaluation"] == {"try": 2}
+    folder = tmp_path / "runs/demo"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "00_setup",
+        "02_patches",
+        "figures",
+        "ladder.json",
+    ]
+    assert json.loads((folder / "ladder.json").read_text()) == {"try": 2}
+    assert found["figures"] == [str(folder / f"figures/{name}-1.png") for name in ("00_setup", "02_patches")]
+    assert (folder / "figures/00_setup-1.png").read_bytes() == b"\x89PNG a picture"
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir() if path.is_dir()) == ["demo", "mine"]
+
+
+def test_a_demo_that_fails_leaves_the_last_one(demo, tmp_path):
+    demo(lambda settings, progress: {"try": 1})
+
+    def fail(settings, progress):
+        raise ValueError("no weights")
+
+    with pytest.raises(ValueError, match="no weights"):
+        demo(fail)
+    assert json.loads((tmp_path / "runs/demo/ladder.json").read_text()) == {"try": 1}
+    demo(lambda settings, progress: {"try": 2})
+    assert json.loads((tmp_path / "runs/demo/ladder.json").read_text()) == {"try": 2}
