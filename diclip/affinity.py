@@ -1,0 +1,112 @@
+"""Spread class maps along attention: class-aware affinity (CAA)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diclip.cam import Maps
+
+
+def sinkhorn(affinity: Tensor, *, iterations: int = 3) -> Tensor:
+    """Balance matrices (..., N, N): `iterations` times divide by column sums, then by row sums."""
+    for _ in range(iterations):
+        affinity = affinity / affinity.sum(-2, keepdim=True)
+        affinity = affinity / affinity.sum(-1, keepdim=True)
+    return affinity
+
+
+def transition(attention: Tensor, *, layers: int = 6, affinity: Tensor | None = None, iterations: int = 3) -> Tensor:
+    """Turn an encoder's attention (L, B, 1 + N, 1 + N) into steps between patches (B, N, N).
+
+    The last `layers` maps, class token dropped, are averaged, balanced, made symmetric and squared (CLIP-ES,
+    CVPR 2023, class-aware attention-based affinity). A learned pair affinity (B, N, N) in [0, 1] keeps of
+    them those whose gap Σ(affinity - map) is at most the average gap, and multiplies their mean (WeCLIP, CVPR
+    2024; ExCEL; DiCLIP). Raises ValueError for shapes that do not fit.
+    """
+    if attention.ndim != 4 or attention.shape[2] != attention.shape[3] or len(attention) < layers:
+        raise ValueError(f"attention is {tuple(attention.shape)}, expected (>= {layers}, B, 1 + N, 1 + N)")
+    maps = attention[len(attention) - layers :, :, 1:, 1:]
+    if affinity is None:
+        mean = maps.mean(0)
+    else:
+        if affinity.shape != maps.shape[1:]:
+            raise ValueError(f"affinity is {tuple(affinity.shape)}, expected {tuple(maps.shape[1:])}")
+        gap = (affinity - maps).sum((-2, -1))  # (layers, B)
+        kept = (gap <= gap.mean(0)) | (gap == gap.amin(0))  # a rounded mean must not drop every layer
+        kept = kept.to(maps)[..., None, None]
+        mean = (maps * kept).sum(0) / kept.sum(0) * affinity
+    balanced = sinkhorn(mean, iterations=iterations)
+    balanced = (balanced + balanced.transpose(-2, -1)) / 2
+    return balanced @ balanced
+
+
+def box_mask(scores: Tensor, *, threshold: float = 0.79, full_border: bool = False) -> Tensor:
+    """Cover what is bright in each map (P, h, w), values in [0, 1], with boxes; return bool (P, h, w).
+
+    Values are cut to bytes; a cell is bright above int(threshold · largest byte). Each 8-connected bright
+    region is covered by its bounding box. As in the methods' released code the last row and the last column
+    are never inside a box, unless `full_border` (CLIP-ES, CVPR 2023).
+    """
+    from scipy import ndimage
+
+    P, h, w = scores.shape
+    levels = (255 * scores.detach().clamp(0, 1)).cpu().byte()
+    peak = levels.flatten(1).amax(1) if P else levels.new_zeros(0)
+    bright = levels > (threshold * peak.double()).long()[:, None, None]
+    within = torch.zeros(3, 3, 3)
+    within[1] = 1  # neighbours in the same map only
+    regions, count = ndimage.label(bright.numpy(), within.numpy())
+
+    cells = bright.nonzero()  # (cells, 3): map, row, column
+    region = torch.from_numpy(regions)[bright].long() - 1
+    spread = region[:, None].expand(-1, 3)
+    low = torch.full((count, 3), max(P, h, w)).scatter_reduce(0, spread, cells, "amin")
+    high = torch.zeros(count, 3, dtype=torch.long).scatter_reduce(0, spread, cells + 1, "amax")
+    if not full_border:
+        high = high.minimum(torch.tensor([P, h - 1, w - 1]))
+    keep = (low[:, 1:] < high[:, 1:]).all(1)
+    (p, y0, x0), (_, y1, x1) = low[keep].T, high[keep].T
+
+    # +1 and -1 at the corners of a box become its area when summed along both axes.
+    corners = torch.zeros(P, h + 1, w + 1, dtype=torch.long)
+    one = torch.ones_like(p)
+    for y, x, sign in ((y0, x0, 1), (y0, x1, -1), (y1, x0, -1), (y1, x1, 1)):
+        corners.index_put_((p, y, x), sign * one, accumulate=True)
+    return (corners.cumsum(1).cumsum(2)[:, :h, :w] > 0).to(scores.device)
+
+
+def propagate(maps: Maps, steps: Tensor, *, threshold: float = 0.79, full_border: bool = False) -> Maps:
+    """Spread each map from inside its boxes along its image's transitions `steps` (B, N, N).
+
+    New value i = Σ_j steps[i, j] · (is j inside a box?) · old value j. Raises ValueError if N is not h·w.
+    """
+    P, h, w = maps.scores.shape
+    if steps.shape[1:] != (h * w, h * w):
+        found, n = tuple(steps.shape), h * w
+        raise ValueError(f"transitions are {found}, expected (B, {n}, {n}) for maps of {h}x{w}")
+    inside = box_mask(maps.scores, threshold=threshold, full_border=full_border)
+    sources = (maps.scores * inside).flatten(1)  # (P, N)
+    # One product a batch: map p is column `slot` of its image.
+    slot = (maps.image[:, None] == maps.image).tril(-1).sum(1)
+    columns = sources.new_zeros(len(steps), int(slot.max()) + 1 if P else 1, h * w)
+    columns[maps.image, slot] = sources
+    spread = (columns @ steps.transpose(1, 2))[maps.image, slot]
+    return maps.with_scores(spread.unflatten(1, (h, w)))
+
+
+def caa(
+    maps: Maps,
+    attention: Tensor,
+    *,
+    threshold: float = 0.79,
+    layers: int = 6,
+    affinity: Tensor | None = None,
+    full_border: bool = False,
+) -> Maps:
+    """Refine maps with class-aware affinity: `transition` of the attention, then `propagate`.
+
+    The result is not stretched to [0, 1]. Source: CLIP-ES, CVPR 2023; with `affinity` WeCLIP, CVPR 2024.
+    """
+    steps = transition(attention, layers=layers, affinity=affinity)
+    return propagate(maps, steps, threshold=threshold, full_border=full_border)

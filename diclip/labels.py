@@ -1,0 +1,113 @@
+"""Turn class maps into label images: background rules, pseudo labels, search for a background score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diclip.cam import Maps, minmax
+
+Rule = Literal["one_minus_max", "fixed"]
+
+
+def upsample(maps: Maps, index: int, size: tuple[int, int], *, stretch: bool = True) -> tuple[Tensor, Tensor]:
+    """Return one image's scores at its own size (n, H, W), and its class indices (n,).
+
+    With `stretch` each map is first stretched to [0, 1] at its own resolution (ExCEL's pseudo labels).
+    Bilinear, half-pixel centres.
+    """
+    scores, label = maps.of(index)
+    if stretch:
+        scores = minmax(scores, (-2, -1), eps=1e-7)
+    return F.interpolate(scores[:, None], size=tuple(size), mode="bilinear", align_corners=False)[:, 0], label
+
+
+def with_background(scores: Tensor, *, rule: Rule = "one_minus_max", power: float = 1.0, score: float = 0.5) -> Tensor:
+    """Put a background channel before class scores (..., n, H, W) in [0, 1]: (..., 1 + n, H, W).
+
+    "one_minus_max": (1 - largest class score)^power (ExCEL and DiCLIP, power 1); "fixed": `score` everywhere.
+    Without classes (n = 0) the background is certain. Raises ValueError for another rule.
+    """
+    if rule == "one_minus_max":
+        background = (1 - _largest(scores)) ** power
+    elif rule == "fixed":
+        background = torch.full_like(_largest(scores), score)
+    else:
+        raise ValueError(f"background rule {rule!r} is unknown, choose one_minus_max or fixed")
+    return torch.cat([background.unsqueeze(-3), scores], dim=-3)
+
+
+def to_labels(scores: Tensor, label: Tensor) -> Tensor:
+    """Return the mask (H, W), int64, of scores with background (1 + n, H, W); class index c becomes c + 1.
+
+    The background wins ties.
+    """
+    return F.pad(label + 1, (1, 0))[scores.argmax(0)]
+
+
+def pseudo_labels(
+    maps: Maps,
+    sizes: Sequence[tuple[int, int]],
+    *,
+    rule: Rule = "one_minus_max",
+    power: float = 1.0,
+    score: float = 0.5,
+    stretch: bool = True,
+) -> list[Tensor]:
+    """Return a mask (H, W), int64, for each image at its own (height, width); without tags all background."""
+    masks = []
+    for index, size in enumerate(sizes):
+        scores, label = upsample(maps, index, size, stretch=stretch)
+        masks.append(to_labels(with_background(scores, rule=rule, power=power, score=score), label))
+    return masks
+
+
+class BackgroundSweep:
+    """Count the confusion of pseudo labels for many fixed background scores in one pass over the images.
+
+    A pixel's class is the one with the largest score, whatever the background; only whether it beats the
+    background depends on the score. So it is enough to count pixels by truth, winner and the number of
+    background scores that the winner beats. "one_minus_max" is covered too: with power 1 it is a fixed score
+    of 0.5, with power p the m that solves m = (1 - m)^p.
+
+        sweep = BackgroundSweep(20); sweep.update(maps, masks); sweep.confusion()   # (101, 21, 21)
+    """
+
+    def __init__(self, num_classes: int, *, scores: Sequence[float] | None = None, ignore: int = 255) -> None:
+        """Prepare to try `scores`, ascending; by default 0, 0.01 … 1."""
+        tried = torch.arange(101) / 100 if scores is None else torch.tensor(scores)
+        if tried.ndim != 1 or not len(tried) or (tried.diff() <= 0).any():
+            raise ValueError(f"background scores are {tried.tolist()}, expected one or more, ascending")
+        self.scores, self.ignore = tried.float(), ignore
+        self._counts = torch.zeros(num_classes + 1, num_classes + 1, len(tried) + 1, dtype=torch.long)
+
+    def update(self, maps: Maps, masks: Sequence[Tensor], *, stretch: bool = True) -> None:
+        """Count a batch's maps against its true masks (H, W); raise ValueError for a label out of range."""
+        for index, mask in enumerate(masks):
+            scores, label = upsample(maps, index, tuple(mask.shape), stretch=stretch)
+            mask = mask.to(scores.device, torch.long)
+            known = mask != self.ignore
+            if (mask[known] >= len(self._counts)).any():
+                worst, top = int(mask[known].max()), len(self._counts) - 1
+                raise ValueError(f"mask {index} holds label {worst}, expected 0 to {top} or {self.ignore}")
+            winner = torch.zeros_like(mask) if not len(label) else label[scores.argmax(0)] + 1
+            beaten = torch.bucketize(_largest(scores), self.scores.to(scores.device))
+            shape = self._counts.shape
+            cell = (mask * shape[1] + winner) * shape[2] + beaten
+            self._counts += cell[known].bincount(minlength=self._counts.numel()).view(shape).cpu()
+
+    def confusion(self) -> Tensor:
+        """Return the pixel counts (scores tried, truth, prediction)."""
+        total = self._counts.sum(-1, keepdim=True)
+        background = self._counts.cumsum(-1)[..., :-1]  # winner does not beat score k
+        confusion = (total - background).permute(2, 0, 1).contiguous()
+        confusion[:, :, 0] += background.sum(1).T
+        return confusion
+
+
+def _largest(scores: Tensor) -> Tensor:
+    return scores.amax(-3) if scores.shape[-3] else scores.new_zeros(scores.shape[:-3] + scores.shape[-2:])
