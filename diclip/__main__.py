@@ -59,6 +59,13 @@ def data_check(args: argparse.Namespace) -> Result:
     return {"folder": shown(folder.resolve()), "problems": check_folder(folder.resolve())}
 
 
+def data_difficulty(args: argparse.Namespace) -> Result:
+    from diclip.difficulty import measure_difficulty
+    from diclip.runs import progress
+
+    return measure_difficulty(_settings(args, dataset="minivoc"), progress)
+
+
 def find_notebook(name: str) -> Path:
     """Return the notebook with that path, or that title or number in notebooks/ ("training", "06")."""
     if name.endswith(".ipynb"):
@@ -112,6 +119,7 @@ def parser() -> argparse.ArgumentParser:
     command("minivoc", data_minivoc, "draw MiniVOC", within=data)
     check = command("check", data_check, "open every file of a dataset and list what is wrong", within=data)
     check.add_argument("folder", nargs="?", help="folder in VOC's layout (default: the settings' dataset)")
+    command("difficulty", data_difficulty, "measure what comes for free on MiniVOC, without learning", within=data)
     return top
 
 
@@ -150,6 +158,9 @@ def _yaml(path: Path | None) -> dict[str, Any]:
 
 def brief(result: Result) -> Result:
     """Keep of an evaluation what fits a screen; --json shows all of it."""
+    if "difficulty" in result:
+        rows = [{"measure": name, **row} for name, row in result["difficulty"].items()]
+        return {"images": result["images"], "95 % bootstrap over images, and the bar to stay below": rows}
     if "miou_one_minus_max" not in result:
         return {name: brief(value) if isinstance(value, dict) else value for name, value in result.items()}
     settings, rows = result["settings"], []

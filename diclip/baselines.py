@@ -82,11 +82,13 @@ def grabcut(image: np.ndarray, tags: list[int], *, rng: np.random.Generator) -> 
     seeds[rated > np.quantile(rated, 0.60)] = cv2.GC_PR_FGD
     seeds[rated > np.quantile(rated, 0.92)] = cv2.GC_FGD
     seeds[rated < np.quantile(rated, 0.15)] = cv2.GC_BGD
+    labels = np.zeros(rated.shape, np.uint8)
+    if not tags or not np.isin(seeds, (cv2.GC_FGD, cv2.GC_PR_FGD)).any():  # an even picture has no foreground
+        return labels
     cv2.setRNGSeed(int(rng.integers(2**31)))
     cv2.grabCut(image, seeds, None, np.zeros((1, 65)), np.zeros((1, 65)), 3, cv2.GC_INIT_WITH_MASK)
     front = (seeds == cv2.GC_FGD) | (seeds == cv2.GC_PR_FGD)
-    labels = np.zeros(front.shape, np.uint8)
-    if not tags or front.sum() < len(tags):
+    if front.sum() < len(tags):
         return labels
     ys, xs = np.nonzero(front)
     colour = cv2.cvtColor(image, cv2.COLOR_RGB2LAB)[front].astype(np.float32) / 255

@@ -206,4 +206,8 @@ def _source(model: str, pretrained: str | None) -> tuple[str, str | None, str]:
     for file in ("open_clip_config.json", "open_clip_model.safetensors"):
         if not (Path(model) / file).is_file():
             raise ValueError(f"CLIP folder {place} has no {file}; {remedy}")
+    config = (Path(model) / "open_clip_config.json").read_text(encoding="utf-8", errors="replace")
+    known = ("tokenizer.json", "vocab.json", "vocab.txt")  # without one transformers makes up an empty tokenizer
+    if "hf_tokenizer_name" in config and not any((Path(model) / file).is_file() for file in known):
+        raise ValueError(f"CLIP folder {place} has no {known[0]}; {remedy}")
     return f"local-dir:{model}", None, remedy

@@ -61,7 +61,7 @@ def measure(settings: Settings, progress: Progress = silent, *, method: Method |
     method = method or build_method(settings)
     background = choose_background(settings, method, progress)
     dataset = open_dataset(settings)
-    if not settings.clip_model or not len(dataset):
+    if not len(dataset):
         raise ValueError(f"shard {settings.shard_index} of split {settings.split!r} has no images: use fewer shards")
     classes = dataset.class_names
     counted: dict[str, dict[str, list[Counts]]] = {"tuned": {}, "one_minus_max": {}}
@@ -120,11 +120,11 @@ def class_similarity(method: Method, images: torch.Tensor) -> NDArray[np.float64
 
 def count_grabcut(settings: Settings, progress: Progress = silent) -> Counts:
     """Count what saliency, GrabCut and tags reach on the settings' split, without any learning."""
-    rng, counts = np.random.default_rng(settings.seed), []
-    dataset = open_dataset(settings)
+    dataset, counts = open_dataset(settings), []
     for index in progress(range(len(dataset)), desc="GrabCut with tags"):
         sample = dataset[index]
         image = (sample.image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+        rng = np.random.default_rng([settings.seed, *sample.name.encode()])  # the same in whatever shard
         mask = torch.from_numpy(grabcut(image, sample.tags.tolist(), rng=rng)).long()
         counts.append(image_counts(mask, sample.mask, num_classes=len(dataset.class_names)))
     return np.stack(counts)

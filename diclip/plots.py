@@ -29,7 +29,7 @@ def _picture(image: Any) -> np.ndarray:
 
 def panels(rows: int, columns: int, *, side: float = 1.9, titles: bool = True) -> tuple[Figure, np.ndarray]:
     """Return a figure with (rows, columns) axes without ticks."""
-    figure = Figure(figsize=(columns * side, rows * (side + 0.25 * titles)), layout="constrained", dpi=100)
+    figure = Figure(figsize=(columns * side, rows * (side + 0.25 * titles)), layout="compressed", dpi=100)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
@@ -104,7 +104,7 @@ def mask_table(
             seen |= set(np.unique(_array(of_kind[row])).tolist())
     colours = palette() / 255
     entries = [Patch(color=colours[i], label=classes[i - 1]) for i in sorted(seen) if 0 < i < 255]
-    figure.legend(handles=entries, loc="outside right upper", fontsize=8, frameon=False)
+    figure.legend(handles=entries, loc="outside right center", fontsize=8, frameon=False)
     return figure
 
 
@@ -167,6 +167,29 @@ def bars(values: Mapping[str, float], *, xlabel: str, title: str = "", limit: fl
     axis.set(xlabel=xlabel, title=title)
     _tidy(axis, legend=False)
     return figure
+
+
+def contact_sheet(images: Sequence[Any], *, columns: int = 8, gap: int = 4) -> np.ndarray:
+    """Join pictures at their own scale to one, (H, W, 3) uint8: each centred in a cell, white between them."""
+    pictures = [_picture(image) for image in images]
+    pictures = [x if x.dtype == np.uint8 else (x * 255).round().astype(np.uint8) for x in pictures]
+    side = max(max(x.shape[:2]) for x in pictures)
+    rows = -(-len(pictures) // columns)
+    sheet = np.full((rows * (side + gap) - gap, columns * (side + gap) - gap, 3), 255, np.uint8)
+    for index, picture in enumerate(pictures):
+        height, width = picture.shape[:2]
+        top = index // columns * (side + gap) + (side - height) // 2
+        left = index % columns * (side + gap) + (side - width) // 2
+        sheet[top : top + height, left : left + width] = picture
+    return sheet
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Return rows with the same keys as a table that notebooks show; the texts are Markdown."""
+    from IPython.display import Markdown
+
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(row[key]) for key in rows[0]] for row in rows)]
+    return Markdown("\n".join("| " + " | ".join(line) + " |" for line in lines))
 
 
 def _tidy(axis: Axes, *, legend: bool) -> None:

@@ -54,7 +54,5 @@ def test_every_import_is_a_dependency():
     optional = [line for extra in PROJECT["optional-dependencies"].values() for line in extra]
     known = ranges(PROJECT["dependencies"] + optional)
     owners = packages_distributions()
-    missing = {
-        top for top in tops if not {canonicalize_name(name) for name in owners.get(top, [])} & known.keys()
-    }
+    missing = {top for top in tops if not {canonicalize_name(name) for name in owners.get(top, [])} & known.keys()}
     assert missing <= {"pydensecrf"}  # of the optional pydensecrf2, which need not be installed here

@@ -37,9 +37,7 @@ def fake(monkeypatch):
 
 
 def test_module_and_console_command_are_one(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "diclip", "run", "nothing"], capture_output=True, text=True, cwd=ROOT
-    )
+    done = subprocess.run([sys.executable, "-m", "diclip", "run", "nothing"], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("diclip: there is no notebook 'nothing' in notebooks/, which has ")
     assert done.stderr.count("\n") == 1
@@ -64,9 +62,7 @@ def test_evaluate_passes_settings_and_prints_what_fits_a_screen(fake, capsys):
     fake("diclip.evaluate", evaluate=evaluate)
     arguments = ["evaluate", "--preset", "voc", "--set", "split=train", "--set", "clip_pretrained=none"]
     assert main([*arguments, "--set", "background_words=sky,grass"]) == 0
-    assert seen == [
-        load_settings("voc", split="train", clip_pretrained=None, background_words=("sky", "grass"))
-    ]
+    assert seen == [load_settings("voc", split="train", clip_pretrained=None, background_words=("sky", "grass"))]
     assert capsys.readouterr().out.splitlines() == [
         "method: clip",
         "images: 1000 of voc, split train",
@@ -100,15 +96,11 @@ def test_a_real_report_fits_the_screen():
     )
     lines = text(brief(evaluate.report(found))).splitlines()
     assert lines[1] == "images: 5 of minivoc, split val"
-    assert [line.split()[:2] for line in lines[4:7]] == [
-        [name, "40.00"] for name in ("clip", "caa", "grabcut")
-    ]
+    assert [line.split()[:2] for line in lines[4:7]] == [[name, "40.00"] for name in ("clip", "caa", "grabcut")]
 
 
 def test_pretrain_passes_the_model(fake, capsys):
-    fake(
-        "diclip.pretrain", pretrain=lambda model, settings, progress: {"model": model, "seed": settings.seed}
-    )
+    fake("diclip.pretrain", pretrain=lambda model, settings, progress: {"model": model, "seed": settings.seed})
     assert main(["pretrain", "clip", "--set", "seed=4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"model": "clip", "seed": 4}
 
@@ -174,6 +166,24 @@ def test_data_minivoc(monkeypatch, capsys, tmp_path):
     assert capsys.readouterr().out == f"folder: {tmp_path / 'minivoc-5'}\n"
 
 
+def test_data_difficulty(fake, capsys):
+    row = {"value": 0.7415, "low": 0.73, "high": 0.75, "bar": 0.77}
+
+    def measure_difficulty(settings, progress):
+        return {"difficulty": {"colour_auc": row}, "images": settings.limit, "settings": {}, "versions": {}}
+
+    fake("diclip.difficulty", measure_difficulty=measure_difficulty)
+    assert main(["data", "difficulty", "--set", "limit=7"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "images: 7",
+        "95 % bootstrap over images, and the bar to stay below:",
+        "  measure     value   low  high   bar",
+        "  colour_auc   0.74  0.73  0.75  0.77",
+    ]
+    assert main(["data", "difficulty", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["difficulty"] == {"colour_auc": row}
+
+
 def test_find_notebook(monkeypatch, tmp_path):
     monkeypatch.setattr("diclip.__main__.ROOT", tmp_path)
     (tmp_path / "notebooks").mkdir()
@@ -182,9 +192,7 @@ def test_find_notebook(monkeypatch, tmp_path):
         path.touch()
     for name in ("training", "06", "06_training", str(paths[1])):
         assert find_notebook(name) == paths[1]
-    with pytest.raises(
-        FileNotFoundError, match="no notebook 'train' in notebooks/, which has 00_setup, 06_training"
-    ):
+    with pytest.raises(FileNotFoundError, match="no notebook 'train' in notebooks/, which has 00_setup, 06_training"):
         find_notebook("train")
     with pytest.raises(FileNotFoundError, match="no notebook nowhere.ipynb"):
         find_notebook("nowhere.ipynb")

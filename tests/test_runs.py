@@ -70,9 +70,7 @@ def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert pick_device("auto") == torch.device("cpu")
-    with pytest.raises(
-        ValueError, match="device 'cuda' is not on this machine, which has cpu: set device to auto"
-    ):
+    with pytest.raises(ValueError, match="device 'cuda' is not on this machine, which has cpu: set device to auto"):
         pick_device("cuda")
 
 
@@ -126,9 +124,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
 def test_a_run_is_locked_until_its_process_dies(tmp_path):
     code = "import sys, time; from pathlib import Path; from diclip.runs import locked\n"
     code += "with locked(Path(sys.argv[1])): print('locked', flush=True); time.sleep(60)"
-    other = subprocess.Popen(
-        [sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True, cwd=ROOT
-    )
+    other = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert other.stdout.readline() == "locked\n"
     with pytest.raises(ValueError, match="is in use"), create_run(tmp_path, load_settings()):
         pass
@@ -169,9 +165,7 @@ def test_setup_reads_the_parameters_cell_and_seeds():
 
 
 def test_papermill_wins_and_its_strings_convert():
-    settings = setup(
-        kernel(PARAMETERS, '# Parameters\nlimit = "20"\ntau_box = "0.5"\nbaselines = False\n', "pass")
-    )
+    settings = setup(kernel(PARAMETERS, '# Parameters\nlimit = "20"\ntau_box = "0.5"\nbaselines = False\n', "pass"))
     assert (settings.limit, settings.tau_box, settings.baselines) == (20, 0.5, False)
 
 
@@ -245,9 +239,7 @@ def test_a_notebook_runs_in_a_folder_of_its_own(notebook, tmp_path):
 
 
 def test_a_notebook_that_fails_says_where_and_keeps_what_ran(notebook, tmp_path):
-    with pytest.raises(
-        ValueError, match="00_small.ipynb failed in cell .*AssertionError: unlucky; see .*run/00_small"
-    ):
+    with pytest.raises(ValueError, match="00_small.ipynb failed in cell .*AssertionError: unlucky; see .*run/00_small"):
         run_notebook(notebook, {"seed": 13, "run_dir": tmp_path / "run"})
     assert not (tmp_path / "run/finished.json").exists()
     assert "[8, 128, '1']" in (tmp_path / "run/00_small.ipynb").read_text()

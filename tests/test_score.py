@@ -43,9 +43,7 @@ def some_images(seed, images=40, right=0.6):
 @given(labels, targets)
 def test_counts_are_those_of_the_confusion_matrix(prediction, target):
     known = target != 255
-    matrix = (
-        confusion_matrix(target[known], prediction[known], labels=range(CLASSES + 1)) if known.any() else 0
-    )
+    matrix = confusion_matrix(target[known], prediction[known], labels=range(CLASSES + 1)) if known.any() else 0
     expected = np.stack([np.diag(matrix), matrix.sum(0), matrix.sum(1)], -1) if known.any() else 0
     np.testing.assert_array_equal(counts_of(prediction, target), expected)
 
@@ -172,9 +170,7 @@ def test_summary_is_ready_for_json():
 
 def test_tag_average_precision():
     tags = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0]])
-    assert tag_average_precision(tags + 0.1, tags) == pytest.approx(
-        100
-    )  # class 2, never there, does not count
+    assert tag_average_precision(tags + 0.1, tags) == pytest.approx(100)  # class 2, never there, does not count
     assert tag_average_precision(1.0 - tags, tags) < 70
     with pytest.raises(ValueError, match="no image has a tag"):
         tag_average_precision(tags, tags * 0)
@@ -185,9 +181,7 @@ def test_pair_auc_is_within_images():
     same = [random.random((8, 8)) < 0.3 for _ in range(5)] + [np.ones((8, 8), bool)]
     affinities = [pair + random.normal(0, 1, pair.shape) for pair in same]
     counts = pair_auc(affinities, same)
-    expected = [
-        roc_auc_score(pair.ravel(), x.ravel()) for pair, x in zip(same[:5], affinities[:5], strict=True)
-    ]
+    expected = [roc_auc_score(pair.ravel(), x.ravel()) for pair, x in zip(same[:5], affinities[:5], strict=True)]
     assert mean(counts.sum(0)) == pytest.approx(np.mean(expected))
     np.testing.assert_array_equal(counts[5], 0)
     scaled = pair_auc([x * 10**index for index, x in enumerate(affinities)], same)

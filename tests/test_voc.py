@@ -81,8 +81,7 @@ def test_squash_neither_antialiases_nor_aligns_corners():
 def test_shards_part_the_limited_images(voc_folder, shards):
     (voc_folder / "ImageSets/Segmentation/all.txt").write_text("a\nb\nc\na\nb\nc\n")
     parts = [
-        VOCFolder(voc_folder, "all", limit=5, shard_index=index, num_shards=shards).names
-        for index in range(shards)
+        VOCFolder(voc_folder, "all", limit=5, shard_index=index, num_shards=shards).names for index in range(shards)
     ]
     assert sorted(sum(parts, [])) == ["a", "a", "b", "b", "c"]
 
@@ -190,9 +189,7 @@ def test_every_problem_is_found_once(voc_folder):
 # Images
 
 
-@pytest.mark.parametrize(
-    ("mode", "suffix"), [("RGB", "png"), ("RGB", "jpg"), ("L", "jpg"), ("P", "png"), ("1", "png")]
-)
+@pytest.mark.parametrize(("mode", "suffix"), [("RGB", "png"), ("RGB", "jpg"), ("L", "jpg"), ("P", "png"), ("1", "png")])
 def test_ordinary_images(tmp_path, pixels, mode, suffix):
     path = save(tmp_path / f"image.{suffix}", pixels, mode)
     with Image.open(path) as image:
@@ -201,9 +198,7 @@ def test_ordinary_images(tmp_path, pixels, mode, suffix):
 
 
 def test_cmyk(tmp_path):
-    red = read_image(
-        save(tmp_path / "red.jpg", np.full((8, 8, 3), (255, 0, 0), np.uint8), "CMYK", quality=95)
-    )
+    red = read_image(save(tmp_path / "red.jpg", np.full((8, 8, 3), (255, 0, 0), np.uint8), "CMYK", quality=95))
     assert red[0].min() > 0.9 and red[1:].max() < 0.1
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from diclip.pretrain.data import Pictures, augment, candidate_prompts, truths, write_captions
 from diclip.pretrain.loop import Schedule, parameter_groups, train
 from diclip.pretrain.tokenizer import CONTEXT_LENGTH, build_tokenizer
+from diclip.runs import replacing, write_json
 from diclip.surgery import attend, merge, project, resize_positions
 
 PIXEL_MEAN, PIXEL_STD = (0.48, 0.46, 0.44), (0.24, 0.23, 0.24)
@@ -35,9 +35,9 @@ class Phase:
 # First small and cheap, one thing at a time; crops of half a picture keep its own scale even at 64 pixels. Then larger.
 PHASES = (
     Phase(0.25, 64, (0.5, 1.0), 0.5, 0.7),
-    Phase(0.72, 64, (0.5, 1.0), 0.5, 0.2),
-    Phase(0.92, 96, (0.65, 1.0), 0.6, 0.0),
-    Phase(1.00, 128, (0.85, 1.0), 0.65, 0.0),
+    Phase(0.75, 64, (0.5, 1.0), 0.5, 0.2),
+    Phase(0.93, 128, (0.7, 1.0), 0.8, 0.0),
+    Phase(1.00, 128, (0.8, 1.0), 0.65, 0.0),
 )
 CAPTIONS = 48  # captions of a batch that all its pictures are compared with
 
@@ -121,8 +121,8 @@ def pretrain_clip(
     max_minutes: float = 0,
     half: bool = True,
     device: str = "cpu",
-    evaluate: Callable[[nn.Module, Path], dict[str, float]] | None = None,
-    evaluate_every: int = 1000,
+    evaluate: Callable[[Path], dict[str, float]] | None = None,
+    evaluate_every: int = 400,
     progress: Callable[[range], object] = lambda steps: steps,
 ) -> Path:
     """Train the mini CLIP, resuming what `folder` holds, and export it to `folder/model` when the time is over.
@@ -166,7 +166,7 @@ def pretrain_clip(
 
     def export_and_evaluate(step: int) -> dict[str, float]:
         target = export(model, config, folder / "model")
-        return evaluate(model, target) if evaluate else {}
+        return evaluate(target) if evaluate else {}
 
     train(
         model, loss, folder=folder, schedule=Schedule(steps, learning_rate), optimizer=optimizer, after_step=cap_scale,
@@ -180,15 +180,14 @@ def export(model: nn.Module, config: dict, folder: Path) -> Path:
     from safetensors.torch import save_file
 
     weights = {name: tensor.detach().half().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    scratch = folder / "open_clip_model.safetensors.tmp"
-    save_file(weights, scratch)
-    scratch.rename(folder / "open_clip_model.safetensors")
+    with replacing(folder / "open_clip_model.safetensors") as scratch:
+        save_file(weights, scratch)
+        scratch.chmod(0o644)  # safetensors writes for the owner alone
     preprocess = {
         "mean": list(PIXEL_MEAN),
         "std": list(PIXEL_STD),
         "interpolation": "bilinear",
         "resize_mode": "squash",
     }
-    text = json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=2) + "\n"
-    (folder / "open_clip_config.json").write_text(text)
+    write_json(folder / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": preprocess})
     return folder

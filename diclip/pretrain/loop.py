@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
+
+from diclip.runs import replacing
+from diclip.settings import shown
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,6 @@ def parameter_groups(model: nn.Module, decay: float) -> list[dict]:
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     return [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
-
-
-def save_atomically(state: dict, path: Path) -> None:
-    """Save a checkpoint under a temporary name and rename it: a kill leaves the old one or the new one."""
-    scratch = path.with_suffix(f".{os.getpid()}.tmp")
-    torch.save(state, scratch)
-    scratch.replace(path)
 
 
 def train(
@@ -65,10 +61,8 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, done = folder / "checkpoint.pt", 0
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True, map_location="cpu")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        done = state["step"]
+        done = _resume(checkpoint, model, optimizer)
+        _forget(folder / "metrics.jsonl", after=done)
     start = time.monotonic()
     with open(folder / "metrics.jsonl", "a") as log:
         for step in progress(range(done, schedule.steps)):
@@ -91,9 +85,28 @@ def train(
                 log.write(json.dumps(record) + "\n")
                 log.flush()
             if done % save_every == 0 or last:
-                save_atomically(
-                    {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done}, checkpoint
-                )
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
+                with replacing(checkpoint) as scratch:  # a kill leaves the old one or the new one
+                    torch.save(state, scratch)
             if out_of_time:
                 break
     return done
+
+
+def _resume(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    try:
+        state = torch.load(checkpoint, weights_only=True, map_location="cpu")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        return state["step"]
+    except (RuntimeError, EOFError, KeyError, ValueError, UnpicklingError) as error:
+        place = shown(checkpoint)
+        raise ValueError(f"{place} is damaged or of another model: remove it or choose another run_dir") from error
+
+
+def _forget(metrics: Path, *, after: int) -> None:
+    """Drop what a killed run had logged beyond its last checkpoint: those steps are done again."""
+    if metrics.exists():
+        kept = [line for line in metrics.read_text().splitlines(True) if json.loads(line)["step"] <= after]
+        with replacing(metrics) as scratch:
+            scratch.write_text("".join(kept))

@@ -63,7 +63,7 @@ def _write_scene(folder: Path, seed: int, split: str, index: int) -> tuple[str, 
     Image.fromarray(drawn.image).save(folder / "JPEGImages" / f"{name}.jpg", quality=95, subsampling=0)
     for kind, mask in (("Class", drawn.classes), ("Object", drawn.instances), ("Part", drawn.parts)):
         save_mask(folder / f"Segmentation{kind}" / f"{name}.png", mask)
-    caption = describe(scene.tags, scene.place, np.random.default_rng([seed, 99, index]))
+    caption = describe(scene.tags, scene.place, np.random.default_rng([scene.seed, 2]))
     return name, list(scene.tags), caption.text
 
 
@@ -89,24 +89,29 @@ def write_minivoc(
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    for sub in ("JPEGImages", "SegmentationClass", "SegmentationObject", "SegmentationPart", "ImageSets/Segmentation"):
-        (scratch / sub).mkdir(parents=True, exist_ok=True)
-    jobs = [(split, index) for split, count in SPLITS.items() for index in range(count)]
-    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
-        results = pool.map(partial(_write_scene, scratch, seed), *zip(*jobs, strict=True), chunksize=25)
-        done = list(progress(results, len(jobs)))
-    for split in SPLITS:
-        names = [name for name, _, _ in done if name.startswith(split)]
-        (scratch / "ImageSets/Segmentation" / f"{split}.txt").write_text("\n".join(names) + "\n")
-    (scratch / "tags.json").write_text(json.dumps({name: tags for name, tags, _ in done}, indent=0))
-    (scratch / "captions.json").write_text(json.dumps({name: text for name, _, text in done}, indent=0))
     try:
+        _write_splits(scratch, seed, workers, progress)
         scratch.rename(folder)
     except OSError:  # another process was faster: its folder holds the same pictures
         if not folder.exists():
             raise
-        shutil.rmtree(scratch)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+def _write_splits(folder: Path, seed: int, workers: int | None, progress: Callable) -> None:
+    for sub in ("JPEGImages", "SegmentationClass", "SegmentationObject", "SegmentationPart", "ImageSets/Segmentation"):
+        (folder / sub).mkdir(parents=True, exist_ok=True)
+    jobs = [(split, index) for split, count in SPLITS.items() for index in range(count)]
+    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+        results = pool.map(partial(_write_scene, folder, seed), *zip(*jobs, strict=True), chunksize=25)
+        done = list(progress(results, len(jobs)))
+    for split in SPLITS:
+        names = [name for name, _, _ in done if name.startswith(split)]
+        (folder / "ImageSets/Segmentation" / f"{split}.txt").write_text("\n".join(names) + "\n")
+    (folder / "tags.json").write_text(json.dumps({name: tags for name, tags, _ in done}, indent=0))
+    (folder / "captions.json").write_text(json.dumps({name: text for name, _, text in done}, indent=0))
 
 
 def _pretrain_chunk(start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -63,7 +63,7 @@ SHIFT_CAST: dict[str, dict[str, str]] = {
     "pottedplant": {"own:pot-bush": "n", "own:pot-snake": "n"},
     "sheep": {"own:sheep-facing": "n", "own:sheep-lying": "e"},
     "sofa": {"fa:couch": "n", "own:sofa-chaise": "w"},
-    "train": {"fa:train": "n", "fa:train-subway": "s", "fa:train-tram": "n"},
+    "train": {"fa:train": "n", "fa:train-tram": "n"},
     "tvmonitor": {"fa:tv": "n", "fa:desktop": "n"},
 }
 DISTRACTORS: dict[str, tuple[str, ...]] = {

@@ -8,12 +8,13 @@ import numpy as np
 
 from diclip.data.minivoc.backgrounds import paint_place
 from diclip.data.minivoc.outlines import Outline, fill, outline
-from diclip.data.minivoc.scene import CLASSES, LONG_SIDE, Scene, Thing
+from diclip.data.minivoc.scene import CLASSES, Scene, Thing
 from diclip.data.minivoc.textures import (
     CLASS_MATERIALS,
     FAMILY_MATERIALS,
     SHIFT_FAMILY_MATERIALS,
     SHIFT_TURNED,
+    Material,
     smooth_noise,
 )
 
@@ -84,6 +85,7 @@ class _Brush:
         self.thing, self.shape, self.unit, self.shifted = thing, shape, unit, scene.shifted
         self.palette = _palette(scene)
         self.rng = np.random.default_rng(thing.seed)
+        self.part_rng = np.random.default_rng([thing.seed, 1])  # its own: another material leaves the body as it is
         self.matrix = _to_canvas(thing, unit)
         height, width = canvas.shape[:2]
         corners = np.concatenate(shape.solids) @ self.matrix[:, :2].T + self.matrix[:, 2]
@@ -100,17 +102,28 @@ class _Brush:
         dx, dy = x - self.local[0, 2], y - self.local[1, 2]
         return inverse[0, 0] * dx + inverse[0, 1] * dy, inverse[1, 0] * dx + inverse[1, 1] * dy
 
-    def noise(self, period: float) -> np.ndarray:
-        return smooth_noise(self.rng, (self.height, self.width), period * self.unit)
+    def colour(self, rng: np.random.Generator, hue: float | None = None) -> np.ndarray:
+        if hue is None and rng.random() < 0.8:
+            return np.clip(rng.choice(self.palette) * rng.uniform(0.85, 1.15), 0, 1)
+        return _colour(rng, hue)
 
-    def colour(self, hue: float | None = None) -> np.ndarray:
-        if hue is None and self.rng.random() < 0.8:
-            return np.clip(self.rng.choice(self.palette) * self.rng.uniform(0.85, 1.15), 0, 1)
-        return _colour(self.rng, hue)
+    def dress(
+        self, material: Material, u: np.ndarray, v: np.ndarray, colour: np.ndarray, rng: np.random.Generator
+    ) -> np.ndarray:
+        def noise(period: float) -> np.ndarray:
+            return smooth_noise(rng, (self.height, self.width), period * self.unit)
 
-    def dress(self, material, u: np.ndarray, v: np.ndarray, colour: np.ndarray) -> np.ndarray:
-        mix = material(u, v, self.noise)[..., None]
-        return colour * (1 - mix) + _contrast(self.rng, colour) * mix
+        partner = _contrast(rng, colour)
+        mix = material(u, v, noise)[..., None]
+        return colour * (1 - mix) + partner * mix
+
+    def dress_part(self, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+        usual = _USUAL_HUES.get(self.thing.label or "", ())
+        hue = self.part_rng.choice(usual) if usual and self.part_rng.random() < 0.25 else None
+        colour = self.colour(self.part_rng, hue)
+        if self.shifted and self.thing.material in SHIFT_TURNED:
+            u, v = (u + v) / 2.1, (v - u) / 2.1
+        return self.dress(CLASS_MATERIALS[self.thing.material][0], u, v, colour, self.part_rng)
 
     def paint(self, canvas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Paint into `canvas` in place; return coverage and part masks of the window."""
@@ -120,20 +133,14 @@ class _Brush:
         u, v = x * zoom + rng.uniform(0, 50), y * zoom + rng.uniform(0, 50)
         behind = canvas[self.window]
         families = SHIFT_FAMILY_MATERIALS if self.shifted else FAMILY_MATERIALS
-        body_colour = self.colour()
+        body_colour = self.colour(rng)
         if thing.camouflaged:
             body_colour = np.clip(behind.reshape(-1, 3).mean(0) * rng.uniform(0.8, 1.2) + rng.normal(0, 0.04, 3), 0, 1)
-        surface = self.dress(families[thing.family], u, v, body_colour)
-        usual = _USUAL_HUES.get(thing.label or "", ())
-        hue = rng.choice(usual) if usual and rng.random() < 0.25 else None
-        part_colour = self.colour(hue)
+        surface = self.dress(families[thing.family], u, v, body_colour, rng)
         wobble = 0.05 * np.sin(9 * x + rng.uniform(0, 6)) * np.sin(9 * y + rng.uniform(0, 6))
         part = x * self.shape.direction[0] + y * self.shape.direction[1] + wobble > self.shape.threshold
         if thing.material is not None:
-            if self.shifted and thing.material in SHIFT_TURNED:
-                u, v = (u + v) / 2.1, (v - u) / 2.1
-            material = CLASS_MATERIALS[thing.material][0]
-            surface = np.where(part[..., None], self.dress(material, u, v, part_colour), surface)
+            surface = np.where(part[..., None], self.dress_part(u, v), surface)
         cover = self.shade(surface, behind, x, y)
         return cover, part
 
@@ -150,7 +157,9 @@ class _Brush:
         rim = np.clip((inner - 0.5) * 2.4 + 0.38, 0.25, 1)  # the contour is darker, as if the thing were round
         ink = rng.choice([0.45, 0.6, 1.45])
         surface = surface * (light * rim * (1 - line + line * ink))[..., None]
-        shadow = np.roll(inner, (round(2 * unit), round(1.5 * unit)), (0, 1)) * 0.42
+        down, right = round(2 * unit), round(1.5 * unit)
+        shadow = np.zeros_like(inner)
+        shadow[down:, right:] = 0.42 * inner[: self.height - down, : self.width - right]
         behind *= 1 - shadow[..., None]
         behind *= 1 - cover[..., None]
         behind += np.clip(surface, 0, 1) * cover[..., None]
@@ -166,19 +175,19 @@ def _borders(labels: np.ndarray, unit: float) -> np.ndarray:
 def render(scene: Scene, *, scale: float = 1.0) -> Rendered:
     """Paint a scene; `scale` 1 gives a long side of 128 pixels."""
     width, height = round(scene.width * scale), round(scene.height * scale)
-    unit = max(width, height) / LONG_SIDE if scale != 1 else scale
     rng = np.random.default_rng(scene.seed)
-    canvas = paint_place(scene.place, rng, height, width, unit, _palette(scene))
+    canvas = paint_place(scene.place, rng, height, width, scale, _palette(scene))
     classes, instances, parts = (np.zeros((height, width), np.uint8) for _ in range(3))
     for index, thing in enumerate(scene.things):
-        brush = _Brush(thing, outline(thing.outline, thing.direction), canvas, unit, scene)
+        brush = _Brush(thing, outline(thing.outline, thing.direction), canvas, scale, scene)
         cover, part = brush.paint(canvas)
         inside = cover > 0.5
         classes[brush.window][inside] = 0 if thing.label is None else 1 + CLASSES.index(thing.label)
         instances[brush.window][inside] = 1 + index
         parts[brush.window][inside] = 0 if thing.label is None else np.where(part, 1, 2)[inside]
-    grain = np.random.default_rng(scene.seed + 1).normal(0, 0.012, canvas.shape)
-    image = np.clip((canvas * rng.uniform(0.88, 1.1) + grain) * 255, 0, 255).astype(np.uint8)
+    camera = np.random.default_rng(scene.seed + 1)  # its own: another place leaves the exposure as it is
+    exposure, grain = camera.uniform(0.88, 1.1), camera.normal(0, 0.012, canvas.shape)
+    image = np.clip((canvas * exposure + grain) * 255, 0, 255).astype(np.uint8)
     labels = np.where(classes > 0, instances, 0).astype(np.uint8)
-    classes = np.where(_borders(labels, unit), VOID, classes).astype(np.uint8)
+    classes = np.where(_borders(labels, scale), VOID, classes).astype(np.uint8)
     return Rendered(image, classes, instances, np.where(classes == VOID, 0, parts).astype(np.uint8))

@@ -61,13 +61,14 @@ def _frame(rng: np.random.Generator) -> tuple[int, int]:
 
 
 def _classes(rng: np.random.Generator, count: int) -> list[str]:
-    """Draw distinct classes; half of the draws of two or more hold two of one family."""
+    """Draw distinct classes; half of the draws of two or more hold two of one family, the others none."""
     first = str(rng.choice(CLASSES))
     chosen = [first]
     if count > 1 and rng.random() < 0.5:
         chosen.append(str(rng.choice([name for name in FAMILIES[FAMILY_OF[first]] if name != first])))
     while len(chosen) < count:
-        chosen.append(str(rng.choice([name for name in CLASSES if name not in chosen])))
+        taken = {FAMILY_OF[name] for name in chosen}
+        chosen.append(str(rng.choice([name for name in CLASSES if FAMILY_OF[name] not in taken])))
     return chosen
 
 
