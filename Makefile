@@ -4,7 +4,7 @@ BIN := .venv/bin
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 QUIET := DICLIP_HEADLESS=1 MPLBACKEND=agg
 
-.PHONY: help setup demo test lab notebooks
+.PHONY: help setup demo test lab notebooks results
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -37,3 +37,10 @@ lab: .venv/ready  ## open JupyterLab on this machine
 notebooks: .venv/ready  ## execute every notebook again and keep the outputs
 	$(QUIET) $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=None \
 		--ExecutePreprocessor.record_timing=False --ExecutePreprocessor.store_widget_state=False $(NOTEBOOKS)
+
+results: .venv/ready  ## measure again every number and draw again every figure that the README shows
+	$(BIN)/diclip evaluate --split val --json data/results/clip-val.json
+	$(BIN)/diclip evaluate --split shift --json data/results/clip-shift.json
+	$(BIN)/diclip evaluate --split val --set minivoc_seed=7 --json data/results/clip-val-seed7.json
+	$(BIN)/diclip data difficulty --json data/results/difficulty.json
+	$(BIN)/python -m diclip.figures

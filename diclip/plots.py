@@ -108,6 +108,30 @@ def mask_table(
     return figure
 
 
+def rung_table(
+    images: Sequence[Any],
+    maps: Mapping[str, Sequence[Any]],
+    masks: Mapping[str, Sequence[Any]],
+    *,
+    names: Sequence[str],
+    side: float = 1.5,
+) -> Figure:
+    """Show a column an image, named; below it its map of each kind and its label image of each kind."""
+    figure, axes = panels(1 + len(maps) + len(masks), len(images), side=side, titles=False)
+    for column, image in enumerate(images):
+        axes[0, column].imshow(_picture(image), interpolation="nearest")
+        axes[0, column].set_title(names[column], fontsize=9)
+        for row, of_kind in enumerate(maps.values(), start=1):
+            draw_map(axes[row, column], image, of_kind[column])
+        for row, of_kind in enumerate(masks.values(), start=1 + len(maps)):
+            draw_labels(axes[row, column], of_kind[column])
+    for row, kind in enumerate(("image", *maps, *masks)):
+        axes[row, 0].text(
+            -0.08, 0.5, kind, transform=axes[row, 0].transAxes, rotation=90, va="center", ha="right", size=9
+        )
+    return figure
+
+
 def ladder(
     values: Mapping[str, float],
     intervals: Mapping[str, Sequence[float]],

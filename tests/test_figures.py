@@ -26,3 +26,7 @@ def test_the_sheet_of_minivoc_shows_val(tmp_path):
 def test_table_is_markdown():
     table = plots.table([{"a": 1, "b": "x"}, {"b": "y", "a": 2}])
     assert table.data.splitlines() == ["| a | b |", "| --- | --- |", "| 1 | x |", "| 2 | y |"]
+
+
+def test_the_readme_shows_the_numbers_that_are_stored():
+    assert figures.readme_table() in (figures.ROOT / "README.md").read_text(encoding="utf-8")

@@ -414,7 +414,7 @@ def test_training_lowers_the_loss(facts, tmp_path):
     tags, places = np.eye(20, dtype=bool)[[6, 7]].repeat(6, 0), np.zeros(12, np.uint8)
     images = np.where(tags[:, [6]], 40, 210).astype(np.uint8)[:, None, None] * np.ones((1, 128, 128, 3), np.uint8)
     pretrain_clip(
-        tmp_path, Pictures(images, tags, places), steps=30, batch_size=4, width=32, layers=1, learning_rate=0.1
+        tmp_path, Pictures(images, tags, places), steps=80, batch_size=8, width=32, layers=1, learning_rate=5e-3
     )
     clip = load_clip(tmp_path / "model")
     two = torch.from_numpy(images[[0, 6]]).permute(0, 3, 1, 2) / 255

@@ -35,7 +35,7 @@ class Phase:
 # First small and cheap, one thing at a time; crops of half a picture keep its own scale even at 64 pixels. Then larger.
 PHASES = (
     Phase(0.25, 64, (0.5, 1.0), 0.5, 0.7),
-    Phase(0.75, 64, (0.5, 1.0), 0.5, 0.2),
+    Phase(0.70, 64, (0.5, 1.0), 0.5, 0.2),
     Phase(0.93, 128, (0.7, 1.0), 0.8, 0.0),
     Phase(1.00, 128, (0.8, 1.0), 0.65, 0.0),
 )
