@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 QUIET := DICLIP_HEADLESS=1 MPLBACKEND=agg
+# Threads that spin while they wait make everything several times slower on a machine that has other work.
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help setup demo test lab notebooks results
 

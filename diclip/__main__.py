@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,9 @@ from diclip.runs import write_json
 from diclip.settings import PRESETS, ROOT, Settings, load_settings, shown
 
 Result = dict[str, Any]
+
+# Before torch is loaded: threads that spin while they wait slow a machine that has other work several times.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def demo(args: argparse.Namespace) -> Result:

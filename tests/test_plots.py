@@ -35,6 +35,11 @@ FIGURES = {
         3,
         ["image", "truth", "caa", "class7", "class11"],
     ),
+    "rung_table": lambda: (
+        plots.rung_table([PICTURE, BYTES], {"clip": [HEAT, HEAT]}, {"truth": [MASK, MASK]}, names=["x", "y"]),
+        3 * 2,
+        ["image", "clip", "truth", "x", "y"],
+    ),
     "ladder": lambda: (
         plots.ladder({"clip": 20.0, "intra": 41.0}, {"clip": [18, 23], "intra": [40, 44]}, baselines={"grabcut": 26.0}),
         1,

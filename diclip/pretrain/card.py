@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from diclip.runs import write_json
+from diclip.settings import ROOT
 
 LIMITS = (
     "Supervised by captions of a toy world and average-pooled: it knows MiniVOC and nothing else. "
@@ -58,3 +60,7 @@ def _product(shape: list[int]) -> int:
     for side in shape:
         total *= side
     return total
+
+
+if __name__ == "__main__":  # python -m diclip.pretrain.card RUN_FOLDER, after `make results`
+    write_card(Path(sys.argv[1]), ROOT / "data/results", ROOT / "data/mini/card.json")

@@ -30,19 +30,26 @@ class Phase:
     crop: tuple[float, float]  # side of a crop, as a share of the picture's 128 pixels
     drop: float  # share of the patches that are left out
     single: float  # share of the pictures that are drawn from those with one tag
+    pool: str  # what stands for a picture: "avg", the mean of its patches, or "tok", the class token, as in CLIP
 
 
-# First small and cheap, one thing at a time; crops of half a picture keep its own scale even at 64 pixels. Then larger.
+# First small and cheap, one thing at a time; crops of half a picture keep its own scale even at 64 pixels. The mean of
+# the patches learns quickest; then the class token takes over, and patches need not speak for the picture any more.
 PHASES = (
-    Phase(0.25, 64, (0.5, 1.0), 0.5, 0.7),
-    Phase(0.70, 64, (0.5, 1.0), 0.5, 0.2),
-    Phase(0.93, 128, (0.7, 1.0), 0.8, 0.0),
-    Phase(1.00, 128, (0.8, 1.0), 0.65, 0.0),
+    Phase(0.25, 64, (0.5, 1.0), 0.5, 0.7, "avg"),
+    Phase(0.65, 64, (0.5, 1.0), 0.5, 0.2, "avg"),
+    Phase(0.95, 128, (0.7, 1.0), 0.8, 0.0, "tok"),
+    Phase(1.00, 128, (0.8, 1.0), 0.65, 0.0, "tok"),
 )
 CAPTIONS = 48  # captions of a batch that all its pictures are compared with
 
 
-def model_config(*, vocab_size: int, pool: str = "avg", width: int = 160, layers: int = 6) -> dict:
+def phase_of(step: int, steps: int) -> Phase:
+    """Return the phase that a step (counted from 0) of a training of `steps` belongs to."""
+    return next(phase for phase in PHASES if step < phase.until * steps or phase is PHASES[-1])
+
+
+def model_config(*, vocab_size: int, pool: str = "tok", width: int = 160, layers: int = 6) -> dict:
     """Return the open_clip configuration of the mini model: patch 8, a 16 x 16 grid, two text layers."""
     return {
         "embed_dim": 128,
@@ -64,7 +71,7 @@ def build_model(config: dict) -> nn.Module:
     return open_clip.CLIP(config["embed_dim"], config["vision_cfg"], text)
 
 
-def encode_dropped(visual: nn.Module, images: Tensor, *, drop: float, generator: torch.Generator) -> Tensor:
+def encode_dropped(visual: nn.Module, images: Tensor, *, drop: float, pool: str, generator: torch.Generator) -> Tensor:
     """Encode images `(B, 3, H, W)` from a random `1 - drop` share of their patches: features `(B, E)`."""
     side = visual.conv1.kernel_size[0]
     grid = (images.shape[2] // side, images.shape[3] // side)
@@ -81,7 +88,7 @@ def encode_dropped(visual: nn.Module, images: Tensor, *, drop: float, generator:
         x = x + block.attn.out_proj(merge(attend(q, k) @ v))
         x = x + block.mlp(block.ln_2(x))
     x = visual.ln_post(x)
-    return (x[:, 0] if visual.pool_type == "tok" else x[:, 1:].mean(1)) @ visual.proj
+    return (x[:, 0] if pool == "tok" else x[:, 1:].mean(1)) @ visual.proj
 
 
 def encode_short(model: nn.Module, ids: Tensor) -> Tensor:
@@ -114,7 +121,6 @@ def pretrain_clip(
     steps: int,
     batch_size: int = 128,
     learning_rate: float = 1e-3,
-    pool: str = "avg",
     width: int = 192,
     layers: int = 7,
     seed: int = 0,
@@ -134,7 +140,7 @@ def pretrain_clip(
     if not (folder / "checkpoint.pt").exists():  # what has been learned is tied to the tokenizer it was learned with
         build_tokenizer(folder / "model")
     tokenizer = CLIPTokenizer.from_pretrained(folder / "model")
-    config = model_config(vocab_size=len(tokenizer), pool=pool, width=width, layers=layers)
+    config = model_config(vocab_size=len(tokenizer), width=width, layers=layers)
     torch.manual_seed(seed)
     model = build_model(config).to(device).train()
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=learning_rate, betas=(0.9, 0.98))
@@ -142,7 +148,7 @@ def pretrain_clip(
 
     def loss(step: int) -> dict[str, Tensor]:
         rng, generator = np.random.default_rng([seed, step]), torch.Generator().manual_seed(seed * 10**9 + step)
-        phase = next(p for p in PHASES if step < p.until * steps or p is PHASES[-1])
+        phase = phase_of(step, steps)
         rows = pictures.draw(batch_size, single=phase.single, rng=rng)
         images = augment(pictures.take(rows), size=phase.size, crop=phase.crop, generator=generator).to(device)
         tags, places = pictures.tags[rows], pictures.places[rows]
@@ -152,7 +158,9 @@ def pretrain_clip(
             [c.text for c in captions], padding=True, truncation=True, max_length=CONTEXT_LENGTH, return_tensors="pt"
         ).input_ids.to(device)
         with sdpa_kernel(SDPBackend.MATH), torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half):
-            image = encode_dropped(model.visual, (images - mean) / std, drop=phase.drop, generator=generator)
+            image = encode_dropped(
+                model.visual, (images - mean) / std, drop=phase.drop, pool=phase.pool, generator=generator
+            )
             text = encode_short(model, ids)
         image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
         return {
@@ -165,6 +173,7 @@ def pretrain_clip(
             model.logit_scale.clamp_(max=np.log(100))
 
     def export_and_evaluate(step: int) -> dict[str, float]:
+        config["vision_cfg"]["pool_type"] = phase_of(step - 1, steps).pool
         target = export(model, config, folder / "model")
         return evaluate(target) if evaluate else {}
 
