@@ -66,7 +66,7 @@ def map_table(
     *,
     names: Sequence[str] | None = None,
     limits: tuple[float, float] = (0, 1),
-    side: float = 1.8,
+    side: float = 1.6,
 ) -> Figure:
     """Show a row an image: the picture, then its map (h, w) of each kind in `maps`, all on one scale."""
     figure, axes = panels(len(images), 1 + len(maps), side=side)

@@ -55,7 +55,8 @@ Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 
 
 class Settings(BaseModel):
-    """Hold everything a run depends on; the defaults are the embedded default, the preset `mini`.
+    """Hold everything a run depends on; the defaults are the embedded default, the preset `mini`,
+    whose choices were made on MiniVOC's `tune`; `voc` and `coco` take the published ones.
 
     Relative paths are relative to the repository, never to the working directory, and are written so to JSON.
     """
@@ -80,8 +81,8 @@ class Settings(BaseModel):
     clip_model: Model = Field("data/mini/clip", description="folder, or open_clip model name")
     clip_pretrained: str | None = Field(None, description="open_clip weights: tag or file; none for a folder")
     pixel_norm: Literal["clip", "imagenet"] = Field("clip", description="whose mean and deviation pixels get")
-    attention: Attention = Field("qq+2kk", description="what mixes patches in the surgery path")
-    surgery_blocks: int = Field(3, ge=1, description="last blocks that feed the surgery path")
+    attention: Attention = Field("qkv", description="what mixes patches in the surgery path")
+    surgery_blocks: int = Field(2, ge=1, description="last blocks that feed the surgery path")
     norm_dim: Literal["token", "channel"] = Field("token", description="axis that features are normalised over")
     template: str = Field(TEMPLATE, pattern=r"^[^{}]*\{\}[^{}]*$", description="prompt, with {} for the name")
     background_words: Words = Field(BACKGROUND_WORDS, description="what is prompted for besides the classes")
@@ -128,6 +129,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "clip_model": "ViT-B-16-quickgelu",
         "clip_pretrained": "openai",
         "pixel_norm": "imagenet",
+        "attention": "qq+2kk",
+        "surgery_blocks": 3,
         "workers": 4,
     },
     "coco": {
@@ -138,6 +141,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "clip_model": "ViT-B-16-quickgelu",
         "clip_pretrained": "openai",
         "pixel_norm": "imagenet",
+        "attention": "qq+2kk",
+        "surgery_blocks": 3,
         "background_words": tuple(word for word in BACKGROUND_WORDS if word not in ("keyboard", "sign")),
         "tau_box": 0.88,
         "workers": 4,

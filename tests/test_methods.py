@@ -65,7 +65,7 @@ def test_clip_rung_is_clips_own_path_whatever_the_surgery(clip):
     given = batch()
     encoded = clip.encode(given.images, attention="qk", surgery_blocks=0)
     texts = clip.encode_text(VOC.prompts())
-    cam = surgery_cam(encoded.patches, encoded.pooled, texts, num_classes=20, pooled_is_token=False)
+    cam = surgery_cam(encoded.patches, encoded.pooled, texts, num_classes=20, pooled_is_token=clip.pooled_is_token)
     expected = pack(cam.unflatten(-1, (8, 8)), given.tags).scores
     for settings in ({"attention": "qk"}, {"attention": "qq+2kk"}, {"surgery_blocks": 1}):
         torch.testing.assert_close(rungs(clip, given, **settings)["clip"].scores, expected, atol=1e-4, rtol=0)
@@ -76,10 +76,14 @@ def test_intra_rung_follows_attention_and_blocks(clip):
     found = []
     for settings in ({}, {"attention": "qk"}, {"attention": "identity"}, {"surgery_blocks": 1}):
         found.append(rungs(clip, given, **settings)["intra"].scores)
-        options = {"attention": "qq+2kk", "surgery_blocks": 3} | settings
+        options = {"attention": "qkv", "surgery_blocks": 2} | settings
         encoded = clip.encode(given.images, **options)
         cam = surgery_cam(
-            encoded.patches, encoded.pooled, clip.encode_text(VOC.prompts()), num_classes=20, pooled_is_token=False
+            encoded.patches,
+            encoded.pooled,
+            clip.encode_text(VOC.prompts()),
+            num_classes=20,
+            pooled_is_token=clip.pooled_is_token,
         )
         torch.testing.assert_close(found[-1], pack(cam.unflatten(-1, (8, 8)), given.tags).scores, atol=1e-4, rtol=0)
     for index, scores in enumerate(found):
@@ -95,7 +99,7 @@ def test_norm_dim_reaches_the_maps(clip):
 def test_caa_spreads_intra_along_the_last_blocks(clip, asked, averaged):
     given = batch()
     found = rungs(clip, given, caa_layers=asked, tau_box=0.6)
-    attention = clip.encode(given.images).attention
+    attention = clip.encode(given.images, surgery_blocks=2).attention
     expected = caa(found["intra"], attention, threshold=0.6, layers=averaged)
     torch.testing.assert_close(found["caa"].scores, expected.scores, atol=1e-4, rtol=1e-3)
     other = caa(found["intra"], attention, threshold=0.6, layers=averaged % 4 + 1)
@@ -120,7 +124,7 @@ def test_other_grids(clip):
 
 def test_build_loads_the_settings_clip(tiny_clip, tmp_path):
     method = build_method(load_settings(clip_model=str(tiny_clip), device="cpu"))
-    assert method.clip.pooled_is_token is False and method.settings.method == "clip"
+    assert method.clip.pooled_is_token and method.settings.method == "clip"
     with pytest.raises(ValueError, match="neither a folder nor"):
         build_method(load_settings(clip_model=str(tmp_path / "none"), device="cpu"))
     with pytest.raises(ValueError, match="device 'cuda:77' is not on this machine"):

@@ -11,7 +11,7 @@ from diclip.runs import write_json
 from diclip.settings import ROOT
 
 LIMITS = (
-    "Supervised by captions of a toy world and average-pooled: it knows MiniVOC and nothing else. "
+    "Supervised by captions of a toy world: it knows MiniVOC and nothing else. "
     "The order of methods measured with it does not predict their order on PASCAL VOC."
 )
 
