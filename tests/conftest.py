@@ -64,3 +64,23 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr("diclip.data.minivoc.dataset.SPLITS", {"train": 1, "tune": 4, "val": 6, "shift": 2})
         write_minivoc(root, workers=1)
     return root
+
+
+@pytest.fixture(scope="session")
+def facts():
+    """Sample tags and places of pictures as pretraining has them, without painting any."""
+    from diclip.data.minivoc import CLASSES, scene_of
+    from diclip.data.minivoc.captions import PLACES
+
+    scenes = [scene_of("pretrain", index) for index in range(300)]
+    tags = np.array([[name in scene.tags for name in CLASSES] for scene in scenes])
+    return tags, np.array([PLACES.index(scene.place) for scene in scenes], np.uint8)
+
+
+@pytest.fixture(scope="session")
+def pictures(facts):
+    """Hold twelve pictures of noise with true facts."""
+    from diclip.pretrain.data import Pictures
+
+    images = np.random.default_rng(0).integers(0, 256, (12, 128, 128, 3), dtype=np.uint8)
+    return Pictures(images, *(array[:12] for array in facts))
