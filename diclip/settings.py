@@ -95,7 +95,7 @@ class Settings(BaseModel):
     baselines: bool = Field(True, description="also score what needs no learning")
 
     pretrain_pictures: int = Field(60_000, ge=64, description="rendered pictures that a mini model learns from")
-    pretrain_steps: int = Field(4_900, ge=1, description="steps of 128 pictures")
+    pretrain_steps: int = Field(5_000, ge=1, description="steps of 128 pictures")
     max_minutes: float = Field(0, ge=0, description="stop a training after that time, to be resumed; 0: never")
 
     batch_size: int = Field(16, ge=1, description="images at a time")

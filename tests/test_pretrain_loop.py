@@ -28,7 +28,7 @@ def test_schedule_warms_up_and_comes_down():
 
 def test_matrices_alone_decay():
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
-    decayed, free = parameter_groups(model, 0.1)
+    decayed, free = parameter_groups(model.parameters(), 0.1)
     assert [p.shape for p in decayed["params"]] == [(4, 3)] and decayed["weight_decay"] == 0.1
     assert len(free["params"]) == 3 and free["weight_decay"] == 0.0
 

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diclip.pretrain.data import Pictures, augment, candidate_prompts, truths, write_captions
 from diclip.pretrain.loop import Schedule, parameter_groups, train
+from diclip.pretrain.muon import MuonAdamW
 from diclip.pretrain.tokenizer import CONTEXT_LENGTH, build_tokenizer
 from diclip.runs import replacing, write_json
 from diclip.surgery import attend, merge, project, resize_positions
@@ -33,12 +34,12 @@ class Phase:
     pool: str  # what stands for a picture: "avg", the mean of its patches, or "tok", the class token, as in CLIP
 
 
-# First small and cheap, one thing at a time; crops of half a picture keep its own scale even at 64 pixels. The mean of
-# the patches learns quickest; then the class token takes over, and patches need not speak for the picture any more.
+# First small and cheap, one thing at a time: crops of half a picture keep its own scale even at 64 pixels, and the mean
+# of the patches learns quickest. Then the class token takes over, and patches need not speak for the picture any more.
 PHASES = (
-    Phase(0.25, 64, (0.5, 1.0), 0.5, 0.7, "avg"),
-    Phase(0.65, 64, (0.5, 1.0), 0.5, 0.2, "avg"),
-    Phase(0.95, 128, (0.7, 1.0), 0.8, 0.0, "tok"),
+    Phase(0.15, 64, (0.5, 1.0), 0.5, 0.7, "avg"),
+    Phase(0.30, 128, (0.6, 1.0), 0.8, 0.2, "avg"),
+    Phase(0.90, 128, (0.7, 1.0), 0.8, 0.0, "tok"),
     Phase(1.00, 128, (0.8, 1.0), 0.65, 0.0, "tok"),
 )
 CAPTIONS = 48  # captions of a batch that all its pictures are compared with
@@ -143,7 +144,9 @@ def pretrain_clip(
     config = model_config(vocab_size=len(tokenizer), width=width, layers=layers)
     torch.manual_seed(seed)
     model = build_model(config).to(device).train()
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=learning_rate, betas=(0.9, 0.98))
+    inside = {name: p for name, p in model.named_parameters() if "resblocks" in name and p.ndim == 2}
+    rest = (p for name, p in model.named_parameters() if name not in inside)
+    optimizer = MuonAdamW(list(inside.values()), parameter_groups(rest, 0.1), lr=learning_rate, decay=0.1)
     mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (PIXEL_MEAN, PIXEL_STD))
 
     def loss(step: int) -> dict[str, Tensor]:

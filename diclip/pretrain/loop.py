@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -13,8 +13,11 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor, nn
 
+from diclip.pretrain.muon import MuonAdamW
 from diclip.runs import replacing
 from diclip.settings import shown
+
+Optimizer = torch.optim.Optimizer | MuonAdamW
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,13 @@ class Schedule:
         return self.peak * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(self.steps - self.warmup, 1)))
 
 
-def parameter_groups(model: nn.Module, decay: float) -> list[dict]:
+def parameter_groups(parameters: Iterable[nn.Parameter], decay: float) -> list[dict]:
     """Split parameters into those with weight decay (matrices) and those without (gains, biases, scalars)."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    return [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+    parameters = list(parameters)
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
 
 
 def train(
@@ -44,7 +49,7 @@ def train(
     *,
     folder: Path,
     schedule: Schedule,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     after_step: Callable[[], None] = lambda: None,
     evaluate: Callable[[int], dict[str, float]] | None = None,
     save_every: int = 200,
@@ -67,9 +72,9 @@ def train(
     with open(folder / "metrics.jsonl", "a") as log:
         for step in progress(range(done, schedule.steps)):
             for group in optimizer.param_groups:
-                group["lr"] = schedule(step)
+                group["lr"] = schedule(step) * group.get("ratio", 1.0)
             parts = loss(step)
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             parts["loss"].backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -93,7 +98,7 @@ def train(
     return done
 
 
-def _resume(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def _resume(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> int:
     try:
         state = torch.load(checkpoint, weights_only=True, map_location="cpu")
         model.load_state_dict(state["model"])
