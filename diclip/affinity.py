@@ -81,18 +81,25 @@ def propagate(maps: Maps, steps: Tensor, *, threshold: float = 0.79, full_border
 
     New value i = Σ_j steps[i, j] · (is j inside a box?) · old value j. Raises ValueError if N is not h·w.
     """
+    inside = box_mask(maps.scores, threshold=threshold, full_border=full_border)
+    return spread(maps.with_scores(maps.scores * inside), steps)
+
+
+def spread(maps: Maps, steps: Tensor) -> Maps:
+    """Take one step: new value i = Σ_j steps[i, j] · old value j, with each image's own `steps` (B, N, N).
+
+    Raises ValueError if N is not h·w.
+    """
     P, h, w = maps.scores.shape
     if steps.shape[1:] != (h * w, h * w):
         found, n = tuple(steps.shape), h * w
         raise ValueError(f"transitions are {found}, expected (B, {n}, {n}) for maps of {h}x{w}")
-    inside = box_mask(maps.scores, threshold=threshold, full_border=full_border)
-    sources = (maps.scores * inside).flatten(1)  # (P, N)
     # One product a batch: map p is column `slot` of its image.
     slot = (maps.image[:, None] == maps.image).tril(-1).sum(1)
-    columns = sources.new_zeros(len(steps), int(slot.max()) + 1 if P else 1, h * w)
-    columns[maps.image, slot] = sources
-    spread = (columns @ steps.transpose(1, 2))[maps.image, slot]
-    return maps.with_scores(spread.unflatten(1, (h, w)))
+    columns = maps.scores.new_zeros(len(steps), int(slot.max()) + 1 if P else 1, h * w)
+    columns[maps.image, slot] = maps.scores.flatten(1)
+    taken = (columns @ steps.transpose(1, 2))[maps.image, slot]
+    return maps.with_scores(taken.unflatten(1, (h, w)))
 
 
 def caa(

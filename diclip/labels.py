@@ -14,16 +14,19 @@ from diclip.cam import Maps, minmax
 Rule = Literal["one_minus_max", "fixed"]
 
 
-def upsample(maps: Maps, index: int, size: tuple[int, int], *, stretch: bool = True) -> tuple[Tensor, Tensor]:
+def upsample(
+    maps: Maps, index: int, size: tuple[int, int], *, stretch: bool = True, restretch: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return one image's scores at its own size (n, H, W), and its class indices (n,).
 
-    With `stretch` each map is first stretched to [0, 1] at its own resolution (ExCEL's pseudo labels).
-    Bilinear, half-pixel centres.
+    With `stretch` each map is first stretched to [0, 1] at its own resolution (ExCEL's pseudo labels), with
+    `restretch` at the image's size once more (DiCLIP's, after `rar`). Bilinear, half-pixel centres.
     """
     scores, label = maps.of(index)
     if stretch:
         scores = minmax(scores, (-2, -1), eps=1e-7)
-    return F.interpolate(scores[:, None], size=tuple(size), mode="bilinear", align_corners=False)[:, 0], label
+    scores = F.interpolate(scores[:, None], size=tuple(size), mode="bilinear", align_corners=False)[:, 0]
+    return minmax(scores, (-2, -1), eps=1e-6) if restretch else scores, label
 
 
 def with_background(scores: Tensor, *, rule: Rule = "one_minus_max", power: float = 1.0, score: float = 0.5) -> Tensor:
@@ -57,11 +60,12 @@ def pseudo_labels(
     power: float = 1.0,
     score: float = 0.5,
     stretch: bool = True,
+    restretch: bool = False,
 ) -> list[Tensor]:
     """Return a mask (H, W), int64, for each image at its own (height, width); without tags all background."""
     masks = []
     for index, size in enumerate(sizes):
-        scores, label = upsample(maps, index, size, stretch=stretch)
+        scores, label = upsample(maps, index, size, stretch=stretch, restretch=restretch)
         masks.append(to_labels(with_background(scores, rule=rule, power=power, score=score), label))
     return masks
 
@@ -85,10 +89,10 @@ class BackgroundSweep:
         self.scores, self.ignore = tried.float(), ignore
         self._counts = torch.zeros(num_classes + 1, num_classes + 1, len(tried) + 1, dtype=torch.long)
 
-    def update(self, maps: Maps, masks: Sequence[Tensor], *, stretch: bool = True) -> None:
+    def update(self, maps: Maps, masks: Sequence[Tensor], *, stretch: bool = True, restretch: bool = False) -> None:
         """Count a batch's maps against its true masks (H, W); raise ValueError for a label out of range."""
         for index, mask in enumerate(masks):
-            scores, label = upsample(maps, index, tuple(mask.shape), stretch=stretch)
+            scores, label = upsample(maps, index, tuple(mask.shape), stretch=stretch, restretch=restretch)
             mask = mask.to(scores.device, torch.long)
             known = mask != self.ignore
             if (mask[known] >= len(self._counts)).any():
