@@ -6,7 +6,8 @@ and patches that name their class by themselves. Each is given its best chance h
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from math import isqrt
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diclip.baselines import colour_texture_affinity
-from diclip.data import VOCFolder, batches, open_dataset
+from diclip.data import Batch, VOCFolder, batches, open_dataset
 from diclip.data.images import VOID, read_mask
 from diclip.evaluate import Progress, count_grabcut, silent
 from diclip.runs import environment
@@ -52,25 +53,34 @@ def majority(labels: Tensor, grid: tuple[int, int]) -> Tensor:
     return ids[votes.argmax(-1)]
 
 
-def colour_auc(settings: Settings, progress: Progress = silent) -> NDArray[np.float64]:
-    """Count how well colour and texture tell "same object, or both background": (images, 2), for `score.mean`.
+def same_object_auc(
+    settings: Settings, affinity: Callable[[Batch], Tensor], progress: Progress = silent
+) -> NDArray[np.float64]:
+    """Count how well an affinity (B, N, N) of patches tells "same object, or both background": (images, 2).
 
-    Over all pairs of 8×8 patches of each squashed image; things without a label are background.
+    The counts are for `score.mean`. All pairs of patches of each squashed image on a square grid count, in both
+    directions together; things without a label are background.
     """
     dataset = open_dataset(settings)
     loader = batches(dataset, image_size=settings.image_size, batch_size=settings.batch_size)
-    grid = (settings.image_size // PATCH,) * 2
     counts = []
-    for batch in progress(loader, desc="colour and texture"):
-        affinities = colour_texture_affinity(batch.images, grid)  # (B, N, N)
-        for name, affinity in zip(batch.names, affinities, strict=True):
+    for batch in progress(loader, desc="pairs of patches"):
+        affinities = affinity(batch).cpu()
+        grid = (isqrt(affinities.shape[1]),) * 2
+        for name, own in zip(batch.names, (affinities + affinities.transpose(1, 2)) / 2, strict=True):
             labels = majority(object_ids(dataset, name), grid).flatten()
             known = labels != VOID
             first, second = torch.triu_indices(int(known.sum()), int(known.sum()), 1)
             same = labels[known][first] == labels[known][second]
-            scores = affinity[known][:, known][first, second]
+            scores = own[known][:, known][first, second]
             counts.append(pair_auc([scores.numpy()], [same.numpy()]))
     return np.concatenate(counts)
+
+
+def colour_auc(settings: Settings, progress: Progress = silent) -> NDArray[np.float64]:
+    """Count how well colour and texture of 8×8 patches tell "same object, or both background": (images, 2)."""
+    grid = (settings.image_size // PATCH,) * 2
+    return same_object_auc(settings, lambda batch: colour_texture_affinity(batch.images, grid), progress)
 
 
 def patches(dataset: VOCFolder, name: str) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:

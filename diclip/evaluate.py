@@ -32,13 +32,16 @@ class Evaluation:
     """What was counted, per image, of each rung under both background rules, and of the baselines.
 
     `tuned` uses the background score that was best on `tune`, `one_minus_max` uses 1 - max; counts are
-    (images, 1 + classes, 3). `similarity` and `tags` (images, classes) tell how well CLIP names the images.
+    (images, 1 + classes, 3). Both hold the ladder and what the system was compared with or left without.
+    `similarity` and `tags` (images, classes) tell how well CLIP names the images.
     """
 
     settings: Settings
     names: list[str]
     classes: tuple[str, ...]
+    ladder: tuple[str, ...]
     refined: tuple[str, ...]
+    ablations: tuple[str, ...]
     background: dict[str, float]
     tuned: dict[str, Counts]
     one_minus_max: dict[str, Counts]
@@ -47,9 +50,14 @@ class Evaluation:
     tags: NDArray[np.bool_]
     versions: dict[str, Any] = field(default_factory=environment)
 
+    def rule(self, name: str) -> dict[str, Counts]:
+        """Return the counts under a rung's own rule: the tuned score for raw rungs, 1 - max for all others."""
+        raw = name in self.ladder and name not in self.refined
+        return self.tuned if raw else self.one_minus_max
+
     def rung(self, name: str) -> Counts:
-        """Return the counts that a ladder shows: raw rungs with the tuned score, refined ones with 1 - max."""
-        return (self.one_minus_max if name in self.refined else self.tuned)[name]
+        """Return the counts of a rung under its own rule, as a ladder shows them."""
+        return self.rule(name)[name]
 
 
 def measure(settings: Settings, progress: Progress = silent, *, method: Method | None = None) -> Evaluation:
@@ -69,20 +77,24 @@ def measure(settings: Settings, progress: Progress = silent, *, method: Method |
     for batch in progress(_loader(dataset, settings), desc=f"{settings.method} on {settings.split}"):
         for rung, maps in method.rungs(batch):
             for kind, rule in (("tuned", "fixed"), ("one_minus_max", "one_minus_max")):
-                masks = pseudo_labels(maps, batch.sizes, rule=rule, score=background[rung])
+                score = background[rung]
+                masks = pseudo_labels(maps, batch.sizes, rule=rule, score=score, restretch=method.restretch)
                 counted[kind].setdefault(rung, []).append(_count(masks, batch, len(classes)))
         names += batch.names
         similarity.append(class_similarity(method, batch.images))
         tags.append(_multi_hot(batch, len(classes)))
     kinds = {kind: {rung: np.concatenate(c) for rung, c in rungs.items()} for kind, rungs in counted.items()}
+    baselines = {"grabcut": count_grabcut(settings, progress)} if settings.baselines else {}
     return Evaluation(
         settings=settings,
         names=names,
         classes=classes,
+        ladder=(*method.raw, *method.refined),
         refined=method.refined,
-        background=background,
+        ablations=tuple(name for name in method.ablations if name in kinds["tuned"]),
+        background={rung: background[rung] for rung in kinds["tuned"]},
         **kinds,
-        baselines={"grabcut": count_grabcut(settings, progress)} if settings.baselines else {},
+        baselines=baselines | {name: kinds["one_minus_max"][name] for name in method.baselines},
         similarity=np.concatenate(similarity),
         tags=np.concatenate(tags),
     )
@@ -93,15 +105,16 @@ def choose_background(settings: Settings, method: Method, progress: Progress = s
 
     With the rule "fixed" it is the settings' own score for all rungs, and nothing is read.
     """
-    rungs = (*method.raw, *method.refined)
     if settings.background == "fixed":
-        return dict.fromkeys(rungs, settings.background_score)
+        others = (*method.baselines, *method.ablations)
+        return dict.fromkeys((*method.raw, *method.refined, *others), settings.background_score)
     chosen = settings.model_copy(update={"split": settings.tune_split, "shard_index": 0, "num_shards": 1})
     dataset = open_dataset(chosen)
-    sweeps = {rung: BackgroundSweep(len(dataset.class_names)) for rung in rungs}
+    sweeps: dict[str, BackgroundSweep] = {}
     for batch in progress(_loader(dataset, chosen), desc=f"background on {chosen.split}"):
         for rung, maps in method.rungs(batch):
-            sweeps[rung].update(maps, batch.masks)
+            sweep = sweeps.setdefault(rung, BackgroundSweep(len(dataset.class_names)))
+            sweep.update(maps, batch.masks, restretch=method.restretch)
     best = {}
     for rung, sweep in sweeps.items():
         confusion = sweep.confusion().numpy()  # (scores, truth, prediction)
@@ -130,13 +143,13 @@ def count_grabcut(settings: Settings, progress: Progress = silent) -> Counts:
     return np.stack(counts)
 
 
-def recognition(similarity: NDArray[np.float64], tags: NDArray[np.bool_]) -> dict[str, float]:
+def recognition(similarity: NDArray[np.float64], tags: NDArray[np.bool_]) -> dict[str, float | None]:
     """Return, in per cent, how often the best class is an image's only tag, and the tags' mean average precision."""
     single = tags.sum(1) == 1
     top = similarity[single].argmax(1)
     right = tags[single][np.arange(len(top)), top]
     accuracy = float(100 * right.mean()) if len(top) else None
-    return {"zero_shot": accuracy, "tag_map": tag_average_precision(similarity, tags)}
+    return {"single_tag_top1": accuracy, "tag_map": tag_average_precision(similarity, tags)}
 
 
 def report(found: Evaluation) -> dict[str, Any]:
@@ -145,18 +158,25 @@ def report(found: Evaluation) -> dict[str, Any]:
     def rng() -> np.random.Generator:
         return np.random.default_rng(found.settings.seed)
 
-    rungs = {name: found.rung(name) for name in found.tuned}
+    rungs = {name: found.rung(name) for name in found.ladder}
+    whole = rungs[found.ladder[-1]]
     spread = {name: interval(counts, generator=rng()) for name, counts in rungs.items()}
-    steps = zip(rungs, list(rungs)[1:], strict=False)
-    gains = {f"{a} to {b}": paired_interval(rungs[a], rungs[b], generator=rng()) for a, b in steps}
+    gains = {}
+    for before, after in zip(found.ladder, found.ladder[1:], strict=False):
+        rule = found.rule(after)  # for both, or a change of rule would count as a gain
+        gains[f"{before} to {after}"] = paired_interval(rule[before], rule[after], generator=rng())
     baselines = {name: interval(counts, generator=rng()) for name, counts in found.baselines.items()}
+    lost = {name: paired_interval(found.rung(name), whole, generator=rng()) for name in found.ablations}
     return {
         "ladder": {name: round(x.value, 2) for name, x in spread.items()},
         "intervals": {name: [round(x.low, 2), round(x.high, 2)] for name, x in spread.items()},
         "gains": {name: [round(v, 2) for v in x] for name, x in gains.items()},
         "baselines": {name: round(x.value, 2) for name, x in baselines.items()},
         "baseline_intervals": {name: [round(x.low, 2), round(x.high, 2)] for name, x in baselines.items()},
-        "recognition": {k: v and round(v, 2) for k, v in recognition(found.similarity, found.tags).items()},
+        "lost": {name: [round(v, 2) for v in x] for name, x in lost.items()},
+        "recognition": {
+            k: None if v is None else round(v, 2) for k, v in recognition(found.similarity, found.tags).items()
+        },
         "background_on_tune": found.background,
         "miou_tuned_background": _mious(found.tuned),
         "miou_one_minus_max": _mious(found.one_minus_max),
@@ -193,4 +213,4 @@ def _mious(counts: dict[str, Counts]) -> dict[str, float]:
 
 
 def _round(classes: dict[str, dict[str, float | None]]) -> dict[str, dict[str, float | None]]:
-    return {name: {k: v and round(v, 2) for k, v in rates.items()} for name, rates in classes.items()}
+    return {name: {k: None if v is None else round(v, 2) for k, v in rates.items()} for name, rates in classes.items()}

@@ -19,7 +19,7 @@ from diclip.settings import ROOT, load_settings
 
 FOLDER = ROOT / "figures"
 RESULTS = ROOT / "data/results"
-COLUMNS = {"val": "val", "val-seed7": "val of another world (`minivoc_seed=7`)", "shift": "shift: outlines never seen"}
+COLUMNS = {"val": "val", "val-seed7": "other scenes (`minivoc_seed=7`)", "shift": "shift: new outlines and materials"}
 RUNGS = {
     "clip": "`clip`: CLIP's own patches",
     "intra": "`intra`: + intra-correlation",
@@ -35,21 +35,25 @@ def minivoc(path: Path, *, rows: int = 4, columns: int = 8) -> None:
 
 
 def cams(path: Path, *, count: int = 5) -> None:
-    """Draw the rungs of plain CLIP on the first scenes of val that have one tag or two: maps, labels, truth."""
+    """Draw the rungs of plain CLIP on the first scenes of val that have one tag or two, not picked by hand.
+
+    Maps are of the first tag, each stretched to [0, 1]; below are the labels of `intra`, and the truth.
+    """
     settings = load_settings()
     method, dataset = build_method(settings), open_dataset(settings)
     few = [i for i, name in enumerate(dataset.names) if len(dataset.tags(name)) < 3][:count]
     batch = collate([dataset[i] for i in few], image_size=settings.image_size)
     background = choose_background(settings, method)
-    kinds, labels = {}, []
+    kinds, labels = {}, {}
     for rung, maps in method.rungs(batch):
         rule = "one_minus_max" if rung in method.refined else "fixed"
-        labels = pseudo_labels(maps, batch.sizes, rule=rule, score=background[rung])
+        labels[rung] = pseudo_labels(maps, batch.sizes, rule=rule, score=background[rung])
         firsts = [next(p for p in range(len(maps)) if maps.image[p] == b) for b in range(len(batch))]
         kinds[rung] = minmax(maps.scores, (-2, -1))[firsts]
-    names = [method.vocabulary.classes[tags[0]] for tags in batch.tags]
+    masks = {"labels of intra": labels["intra"], "truth": batch.masks}
+    names = [", ".join(method.vocabulary.classes[tag] for tag in tags) for tags in batch.tags]
     pictures = [dataset[i].image for i in few]
-    figure = plots.rung_table(pictures, kinds, {"labels": labels, "truth": batch.masks}, names=names)
+    figure = plots.rung_table(pictures, kinds, masks, names=names)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", bbox_inches="tight")
 
@@ -79,9 +83,11 @@ def readme_table(results: Path = RESULTS) -> str:
     lines.append("|---|" + "---|" * len(found))
     for rung, meaning in RUNGS.items():
         lines.append(row(meaning, [spread(r["ladder"][rung], r["intervals"][rung]) for r in found]))
+    fair = [f"{r['miou_one_minus_max']['intra']:.1f}" for r in found]
+    lines.insert(-1, row("`intra` with `caa`'s background, one minus the maximum", fair))
     guess = [spread(r["baselines"]["grabcut"], r["baseline_intervals"]["grabcut"]) for r in found]
     lines.append(row("saliency + GrabCut + tags", guess))
-    lines.append(row("naming scenes with one tag, %", [f"{r['recognition']['zero_shot']:.1f}" for r in found]))
+    lines.append(row("top-1 of scenes with one tag, %", [f"{r['recognition']['single_tag_top1']:.1f}" for r in found]))
     lines.append(row("mean average precision of tags, %", [f"{r['recognition']['tag_map']:.1f}" for r in found]))
     colour, patch = difficulty["colour_auc"]["value"], 100 * difficulty["body_patch"]["value"]
     hard = (

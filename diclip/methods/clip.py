@@ -22,6 +22,9 @@ class PlainCLIP:
 
     raw = ("clip", "intra")
     refined = ("caa",)
+    baselines: tuple[str, ...] = ()
+    ablations: tuple[str, ...] = ()
+    restretch = False
 
     def __init__(self, settings: Settings, clip: DenseCLIP, *, vocabulary: Vocabulary | None = None) -> None:
         self.settings, self.clip = settings, clip

@@ -11,7 +11,7 @@ from diclip.runs import write_json
 from diclip.settings import ROOT
 
 LIMITS = (
-    "Supervised by captions of a toy world: it knows MiniVOC and nothing else. "
+    "Supervised by captions and tags of a toy world: it knows MiniVOC and nothing else. "
     "The order of methods measured with it does not predict their order on PASCAL VOC."
 )
 
@@ -32,7 +32,7 @@ def clip_card(run: Path, results: Path) -> dict[str, Any]:
     minutes = sum(max(0.0, b["seconds"] - a["seconds"]) for a, b in zip(records, records[1:], strict=False)) / 60
     quality = {name: _quality(results / f"clip-{name}.json") for name in ("val", "shift", "val-seed7")}
     return {
-        "data": f"{settings['pretrain_pictures']} rendered MiniVOC pictures (split pretrain) and their captions",
+        "data": f"{settings['pretrain_pictures']} rendered MiniVOC pictures (split pretrain), with captions and tags",
         "steps": records[-1]["step"],
         "parameters": parameters,
         "minutes": round(minutes, 1),

@@ -1,0 +1,165 @@
+"""DiCLIP without training: diffusion correlation, key-value memory, and refinement along attention."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diclip.affinity import caa
+from diclip.baselines import colour_texture_affinity
+from diclip.cam import Maps, pack
+from diclip.clip import DenseCLIP, Encoded
+from diclip.correlation import acr, cluster, correlate, walk
+from diclip.data import Batch
+from diclip.diffusion import Diffusion
+from diclip.memory import Memory, fuse, retrieve
+from diclip.methods.clip import PlainCLIP
+from diclip.refine import rar
+from diclip.settings import Settings
+
+PARTS = ("vce", "tsa", "caa", "rar")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Hold what the two frozen models say of a batch, before there is any class map."""
+
+    plain: Encoded  # without the diffusion's bias
+    biased: Encoded  # with it
+    fine: Tensor  # (B, M, M), the diffusion's fine self-attention
+    fine_grid: tuple[int, int]
+
+
+class DiCLIP(PlainCLIP):
+    """Rungs `clip`, `intra`, `vce` (the diffusion's correlation biases the surgery path), `tsa` (a memory of
+    generated pictures joins the texts), `caa` (spread along CLIP's attention), `rar` (along the diffusion's).
+
+    The baseline `clip_rar` is `clip` with the last two; `without_vce` … leave one part out of the whole.
+    Noise depends on the settings' seed and the image's name alone, not on batches and shards. Source: DiCLIP,
+    IEEE TIP 2026, without its decoder. Raises ValueError for a memory of other classes.
+    """
+
+    raw = ("clip", "intra", "vce", "tsa")
+    refined = ("caa", "rar")
+    baselines = ("clip_rar",)
+    ablations = tuple(f"without_{part}" for part in PARTS)
+    restretch = True
+
+    def __init__(self, settings: Settings, clip: DenseCLIP, diffusion: Diffusion, memory: Memory | None) -> None:
+        super().__init__(settings, clip)
+        if memory is not None and memory.classes != self.vocabulary.classes:
+            odd = sorted(set(memory.classes) ^ set(self.vocabulary.classes))[:3]
+            found = f"other classes ({', '.join(odd)} …)" if odd else "the classes in another order"
+            raise ValueError(f"the memory knows {found}: build one with `diclip memory`")
+        self.diffusion, self.memory = diffusion, memory
+
+    def rungs(self, batch: Batch) -> Iterator[tuple[str, Maps]]:
+        """Yield the ladder's maps, those of the baseline and, if the settings say so, those of the ablation."""
+        seen = self.look(batch)
+        clip = pack(self.cam(seen.plain.plain_patches, seen.plain.pooled, seen.plain.grid), batch.tags)
+        yield "clip", clip
+        yield "intra", self.map(seen, batch, without=PARTS)
+        yield "vce", self.map(seen, batch, without=PARTS[1:])
+        yield "tsa", self.map(seen, batch, without=PARTS[2:])
+        yield "caa", self.map(seen, batch, without=PARTS[3:])
+        yield "rar", self.map(seen, batch)
+        yield "clip_rar", self.refine(clip, seen)
+        if self.settings.ablate:
+            for part in PARTS:
+                yield f"without_{part}", self.map(seen, batch, without=(part,))
+
+    def look(self, batch: Batch) -> Seen:
+        """Run the diffusion model and, with and without what it says, CLIP."""
+        coarse, fine, fine_grid = self.correlation(batch)
+        how = {"attention": self.settings.attention, "surgery_blocks": self.settings.surgery_blocks, "tokens": None}
+        plain = self.clip.encode(batch.images, **how)
+        bias = self.settings.bias_strength * coarse
+        return Seen(plain, self.clip.encode(batch.images, bias=bias, **how, need_attention=False), fine, fine_grid)
+
+    def correlation(self, batch: Batch) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """Return the refined correlation (B, N, N) on CLIP's grid, the fine attention (B, M, M), and its grid.
+
+        Both are averages over the settings' timesteps and draws of noise.
+        """
+        settings = self.settings
+        grid = tuple(side // patch for side, patch in zip(batch.images.shape[2:], self.clip.patch_size, strict=True))
+        noise = [image_generator(settings.seed, name) for name in batch.names]
+        latents = self.diffusion.encode(batch.images)
+        draws = list(product(settings.diffusion_timesteps, range(settings.diffusion_draws)))
+        coarse = fine = 0
+        for timestep, _ in draws:
+            taps = self.diffusion.capture(
+                batch.images,
+                latents=latents,
+                timestep=timestep,
+                coarse=settings.coarse_layer,
+                fine=settings.fine_layer,
+                fine_heads=settings.fine_heads,
+                generator=noise,
+                prompt=settings.diffusion_prompt,
+            )
+            if settings.correlation == "diffusion":
+                q, k, source = taps.coarse_q, taps.coarse_k, taps.coarse_grid
+                found = correlate(
+                    q,
+                    k,
+                    source=source,
+                    grid=grid,
+                    heads=settings.coarse_heads,
+                    threshold=settings.correlation_threshold,
+                )
+                coarse = coarse + found / len(draws)
+            fine = fine + taps.fine / len(draws)
+        if settings.correlation == "colour":
+            affinity = colour_texture_affinity(batch.images, grid)
+            coarse = walk(
+                torch.stack([affinity] * len(settings.coarse_heads), 1), threshold=settings.correlation_threshold
+            )
+        if settings.acr:
+            coarse = acr(coarse, cluster(coarse, grid=grid))
+        return coarse.to(self.clip.device), fine.to(self.clip.device), taps.fine_grid
+
+    def map(self, seen: Seen, batch: Batch, *, without: Collection[str] = ()) -> Maps:
+        """Make the class maps of a batch with all parts but some of `PARTS`."""
+        encoded = seen.plain if "vce" in without else seen.biased
+        cam = self.cam(encoded.patches, encoded.pooled, encoded.grid)  # (B, C, h, w)
+        if "tsa" not in without:
+            cam = self.remember(encoded, cam)
+        return self.refine(pack(cam, batch.tags), seen, without=without)
+
+    def remember(self, encoded: Encoded, cam: Tensor) -> Tensor:
+        """Add what the memory retrieves to class maps (B, C, h, w)."""
+        settings = self.settings
+        if self.memory is None:
+            raise ValueError("there is no memory to retrieve from: build one with `diclip memory`")
+        found = retrieve(
+            encoded.patches,
+            encoded.pooled,
+            self.memory,
+            self.texts,
+            pooled_is_token=self.clip.pooled_is_token,
+            norm_dim=settings.norm_dim,
+            value_mode=settings.value_mode,
+            affinity=settings.memory_affinity,
+        )
+        return fuse(cam.flatten(2), found, weight=settings.memory_weight).unflatten(-1, encoded.grid)
+
+    def refine(self, maps: Maps, seen: Seen, *, without: Collection[str] = ()) -> Maps:
+        """Spread maps along CLIP's attention, then along the diffusion's."""
+        if "caa" not in without:
+            layers = min(self.settings.caa_layers, len(seen.plain.attention))
+            maps = caa(maps, seen.plain.attention, threshold=self.settings.tau_box, layers=layers)
+        if "rar" not in without:
+            maps = rar(maps, seen.fine, rounds=self.settings.rar_rounds, grid=seen.fine_grid)
+        return maps
+
+
+def image_generator(seed: int, name: str) -> torch.Generator:
+    """Return a generator of an image's own."""
+    state = np.random.SeedSequence([seed, *name.encode()]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state) % 2**63)
