@@ -38,7 +38,7 @@ def evaluate(args: argparse.Namespace) -> Result:
     from diclip.evaluate import evaluate
     from diclip.runs import progress
 
-    named = {name: getattr(args, name) for name in ("method", "split") if getattr(args, name)}
+    named = {name: getattr(args, name) for name in ("method", "split", "ablate") if getattr(args, name)}
     return evaluate(_settings(args, **named), progress)
 
 
@@ -47,6 +47,13 @@ def pretrain(args: argparse.Namespace) -> Result:
     from diclip.runs import progress
 
     return pretrain(args.model, _settings(args), progress)
+
+
+def memory(args: argparse.Namespace) -> Result:
+    from diclip.remember import write_memory
+    from diclip.runs import progress
+
+    return write_memory(_settings(args), progress)
 
 
 def data_minivoc(args: argparse.Namespace) -> Result:
@@ -93,7 +100,8 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="write the result as JSON; without FILE print it"
     )
-    names = "\n".join(f"  {name:<17} {field.description}" for name, field in Settings.model_fields.items())
+    width = max(map(len, Settings.model_fields))
+    names = "\n".join(f"  {name:<{width}} {field.description}" for name, field in Settings.model_fields.items())
     top = argparse.ArgumentParser(
         prog="diclip",
         description=sys.modules["diclip"].__doc__,
@@ -116,8 +124,10 @@ def parser() -> argparse.ArgumentParser:
     scored = command("evaluate", evaluate, "score a method, rung by rung")
     scored.add_argument("--method", help="the system, as --set method=…")
     scored.add_argument("--split", help="the images, as --set split=…")
+    scored.add_argument("--ablate", action="store_true", help="also without each part, as --set ablate=true")
     model = command("pretrain", pretrain, "train one of the two embedded models")
     model.add_argument("model", choices=("clip", "diffusion"))
+    command("memory", memory, "generate pictures of every class and build DiCLIP's memory from them")
     data = commands.add_parser("data", help="draw or check a dataset")
     data = data.add_subparsers(required=True, metavar="WHAT")
     command("minivoc", data_minivoc, "draw MiniVOC", within=data)
@@ -173,10 +183,15 @@ def brief(result: Result) -> Result:
             low, high = result[spread][name]
             both = {rule: result[f"miou_{rule}"].get(name) for rule in ("tuned_background", "one_minus_max")}
             rows.append({"rung": name, "mIoU": value, "low": low, "high": high, **both})
+    lost = [
+        {"rung": name, "mIoU lost": value, "low": low, "high": high}
+        for name, (value, low, high) in result["lost"].items()
+    ]
     return {
         "method": settings["method"],
         "images": f"{result['images']} of {settings['dataset']}, split {settings['split']}",
         "mIoU in per cent, 95 % bootstrap over images": rows,
+        **({"what each part is worth, paired bootstrap": lost} if lost else {}),
         "recognition in per cent": result["recognition"],
     }
 

@@ -86,7 +86,7 @@ def colour_auc(settings: Settings, progress: Progress = silent) -> NDArray[np.fl
 def patches(dataset: VOCFolder, name: str) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Cut an image into the 8×8 patches that show one class: pixels (n, 8, 8, 3) in [0, 1], class, part.
 
-    A patch counts if at least three quarters of it are one class; its part is 1, the telling part, or 2, the
+    A patch counts if at least three quarters of it are one class; its part is 1, the discriminative part, or 2, the
     body, whichever has more pixels.
     """
     height, width = (side - side % PATCH for side in dataset.mask(name).shape)
@@ -103,7 +103,7 @@ def patches(dataset: VOCFolder, name: str) -> tuple[NDArray[Any], NDArray[Any], 
 
 
 def part_ids(dataset: VOCFolder, name: str) -> Tensor:
-    """Read MiniVOC's part mask (H, W): 0 nothing, 1 the telling part, 2 the body of an object."""
+    """Read MiniVOC's part mask (H, W): 0 nothing, 1 the discriminative part, 2 the body of an object."""
     return read_mask(dataset.root / "SegmentationPart" / f"{name}.png", num_classes=2)
 
 

@@ -55,6 +55,87 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_diffusion(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Export a diffusion model with random weights, narrow but laid out as the mini model: 8 x 8 to 32 x 32 tokens."""
+    import torch
+    from transformers import CLIPTokenizer
+
+    from diclip.pretrain.diffusion import build_autoencoder, build_scheduler, build_text_encoder, build_unet, export
+
+    tokenizer, folder = CLIPTokenizer.from_pretrained(tiny_clip), tmp_path_factory.mktemp("diffusion") / "model"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = build_unet(channels=(16, 16, 32), heads=(2, 2, 4))
+        return export(
+            folder, build_autoencoder(), unet, build_text_encoder(len(tokenizer)), tokenizer, build_scheduler()
+        )
+
+
+@pytest.fixture(scope="session")
+def tiny_memory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a memory of random keys for the tiny CLIP: three of the background, two of each class."""
+    import torch
+
+    from diclip.memory import Memory
+    from diclip.vocabulary import VOC_CLASSES
+
+    owner = torch.tensor([0] * 3 + [*range(1, 21)] * 2)
+    keys = 0.1 * torch.randn(len(owner), 128, generator=torch.Generator().manual_seed(0))
+    path = tmp_path_factory.mktemp("memory") / "memory.safetensors"
+    Memory(keys, torch.eye(21)[owner], VOC_CLASSES).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_stable_diffusion(tmp_path_factory: pytest.TempPathFactory):
+    """Return a builder of pipelines with random weights and Stable Diffusion's layout, but three narrow levels.
+
+    Its arguments change the U-Net.
+    """
+    import torch
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    from diclip.pretrain.tokenizer import build_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # Stable Diffusion's
+
+    def build(**unet):
+        tokenizer = CLIPTokenizer.from_pretrained(build_tokenizer(folder))
+        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        width = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        text = CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=24, **width, **ids)
+        vae = {"block_out_channels": (4, 4, 4), "layers_per_block": 1, "norm_num_groups": 2}
+        blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+        shape = {"sample_size": 32, "block_out_channels": (4, 8, 8), "norm_num_groups": 2}
+        kinds = {"down_block_types": ("CrossAttnDownBlock2D",) * 3, "up_block_types": ("CrossAttnUpBlock2D",) * 3}
+        attention = {"attention_head_dim": (2, 4, 4), "cross_attention_dim": 8, "use_linear_projection": True}
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return StableDiffusionPipeline(
+                text_encoder=CLIPTextModel(text),
+                vae=AutoencoderKL(**vae, **blocks),
+                unet=UNet2DConditionModel(**shape, **kinds, **attention, **unet),
+                tokenizer=tokenizer,
+                scheduler=PNDMScheduler(skip_prk_steps=True, steps_offset=1, **betas),
+                safety_checker=None,
+                feature_extractor=None,
+                requires_safety_checker=False,
+            )
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def saved(tiny_stable_diffusion, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a tiny Stable Diffusion as diffusers does."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    tiny_stable_diffusion().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Draw a MiniVOC of a dozen pictures; return the folder to set as data_root."""
     from diclip.data.minivoc import write_minivoc

@@ -60,6 +60,20 @@ def test_colour_tells_objects_of_one_colour(settings):
     assert (counts[:, 0] > 0.95).all()
 
 
+def test_pairs_count_in_both_directions_together(settings):
+    """What is left of the middle is one object, what is right of it the background."""
+    left = (torch.arange(64) % 8 < 4).float()
+    same = left[:, None] * left + (1 - left[:, None]) * (1 - left)  # (N, N)
+    one_way = 2 * same.triu() - 0.5
+    for affinity, expected in ((same, 1.0), (one_way, 1.0), (one_way.T, 1.0), (-same, 0.0), (0 * same, 0.5)):
+        counts = difficulty.same_object_auc(settings, lambda batch, a=affinity: a.expand(len(batch), 64, 64))
+        assert counts.tolist() == [[expected, 1.0]] * 4
+    doubtful = same.clone()
+    doubtful[0, 1] = doubtful[1, 0] = -1  # one of the 992 pairs that are alike is last
+    counts = difficulty.same_object_auc(settings, lambda batch: doubtful.expand(len(batch), 64, 64))
+    assert counts[:, 0] == pytest.approx(1 - 1 / 992)
+
+
 def test_patches_are_pure_and_in_place(settings):
     dataset = VOCFolder(settings.data_root / "minivoc-0", "val")
     pixels, classes, parts = difficulty.patches(dataset, "p4")

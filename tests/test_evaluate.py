@@ -48,7 +48,7 @@ def test_the_report(settings):
     found = json.loads(json.dumps(evaluate(settings), allow_nan=False))
     assert list(found["ladder"]) == list(found["intervals"]) == ["clip", "intra", "caa"]
     assert list(found["gains"]) == ["clip to intra", "intra to caa"]
-    assert list(found["baselines"]) == list(found["baseline_intervals"]) == ["grabcut"]
+    assert list(found["baselines"]) == list(found["baseline_intervals"]) == ["grabcut"] and found["lost"] == {}
     for values, spread in (("ladder", "intervals"), ("baselines", "baseline_intervals")):
         for name, value in found[values].items():
             low, high = found[spread][name]
@@ -163,19 +163,19 @@ def test_recognition_by_hand():
     similarity = np.array([[0.9, 0.1, 0.0], [0.2, 0.15, 0.3], [0.5, 0.6, 0.1], [0.3, 0.2, 0.8]])
     tags = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0], [1, 0, 0]], dtype=bool)
     found = recognition(similarity, tags)
-    assert found["zero_shot"] == pytest.approx(100 / 3)  # the first of three with one tag
+    assert found["single_tag_top1"] == pytest.approx(100 / 3)  # the first of three with one tag
     first, second = 1, (1 + 2 / 3) / 2  # class 1 is right at ranks 1 and 3; class 2 is nobody's tag
     assert found["tag_map"] == pytest.approx(100 * (first + second) / 2)
-    assert recognition(similarity[2:3], tags[2:3])["zero_shot"] is None
+    assert recognition(similarity[2:3], tags[2:3])["single_tag_top1"] is None
 
 
-def test_zero_shot_may_be_missing_from_the_report(settings, clip, world):
+def test_single_tag_top1_may_be_missing_from_the_report(settings, clip, world):
     """JSON has no NaN: without a picture of one tag the accuracy is null."""
     tags = json.loads((world / "minivoc-0/tags.json").read_text())
     several = [name for name in tags if name.startswith("val") and len(tags[name]) > 1]
     (world / "minivoc-0/ImageSets/Segmentation/val.txt").write_text("\n".join(several))
     settings = settings.model_copy(update={"data_root": world, "background": "fixed"})
     found = report(measure(settings, method=build_method(settings, clip)))
-    assert found["recognition"]["zero_shot"] is None and found["images"] == len(several) > 0
+    assert found["recognition"]["single_tag_top1"] is None and found["images"] == len(several) > 0
     assert found["baselines"] == found["baseline_intervals"] == {}
     json.dumps(found, allow_nan=False)

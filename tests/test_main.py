@@ -18,9 +18,10 @@ REPORT = {
     "intervals": {"clip": [22.0, 26.5], "intra": [37.0, 41.0]},
     "baselines": {"grabcut": 26.0},
     "baseline_intervals": {"grabcut": [24.0, 28.0]},
+    "lost": {},
     "miou_tuned_background": {"clip": 24.06, "intra": 39.1},
     "miou_one_minus_max": {"clip": 20.0, "intra": 36.0},
-    "recognition": {"zero_shot": None, "tag_map": 61.5},
+    "recognition": {"single_tag_top1": None, "tag_map": 61.5},
     "classes": {"clip": {}},
     "images": 1000,
 }
@@ -60,9 +61,10 @@ def test_evaluate_passes_settings_and_prints_what_fits_a_screen(fake, capsys):
         return {**REPORT, "settings": settings.model_dump(mode="json")}
 
     fake("diclip.evaluate", evaluate=evaluate)
-    arguments = ["evaluate", "--preset", "voc", "--set", "split=train", "--set", "clip_pretrained=none"]
+    arguments = ["evaluate", "--preset", "voc", "--set", "split=train", "--set", "clip_pretrained=none", "--ablate"]
     assert main([*arguments, "--set", "background_words=sky,grass"]) == 0
-    assert seen == [load_settings("voc", split="train", clip_pretrained=None, background_words=("sky", "grass"))]
+    expected = {"split": "train", "clip_pretrained": None, "background_words": ("sky", "grass"), "ablate": True}
+    assert seen == [load_settings("voc", **expected)]
     assert capsys.readouterr().out.splitlines() == [
         "method: clip",
         "images: 1000 of voc, split train",
@@ -72,7 +74,7 @@ def test_evaluate_passes_settings_and_prints_what_fits_a_screen(fake, capsys):
         "  intra    39.10  37.00  41.00             39.10          36.00",
         "  grabcut  26.00  24.00  28.00                 –              –",
         "recognition in per cent:",
-        "  zero_shot: –",
+        "  single_tag_top1: –",
         "  tag_map: 61.50",
     ]
     assert main([*arguments, "--json"]) == 0
@@ -81,15 +83,17 @@ def test_evaluate_passes_settings_and_prints_what_fits_a_screen(fake, capsys):
 
 def test_a_real_report_fits_the_screen():
     evaluate = pytest.importorskip("diclip.evaluate")
-    counts = np.tile([[2, 3, 4]], (5, 3, 1))  # five images, background and two classes
+    counts, fewer = (np.tile([[hits, 3, 4]], (5, 3, 1)) for hits in (2, 1))  # five images, background and two classes
     found = evaluate.Evaluation(
         settings=load_settings(),
         names=list("abcde"),
         classes=("cat", "dog"),
+        ladder=("clip", "caa"),
         refined=("caa",),
-        background={"clip": 0.4, "caa": 0.5},
-        tuned={"clip": counts, "caa": counts},
-        one_minus_max={"clip": counts, "caa": counts},
+        ablations=("without_caa",),
+        background={"clip": 0.4, "caa": 0.5, "without_caa": 0.5},
+        tuned={"clip": counts, "caa": counts, "without_caa": counts},
+        one_minus_max={"clip": counts, "caa": counts, "without_caa": fewer},
         baselines={"grabcut": counts},
         similarity=np.eye(5, 2),
         tags=np.eye(5, 2, dtype=bool),
@@ -97,6 +101,11 @@ def test_a_real_report_fits_the_screen():
     lines = text(brief(evaluate.report(found))).splitlines()
     assert lines[1] == "images: 5 of minivoc, split val"
     assert [line.split()[:2] for line in lines[4:7]] == [[name, "40.00"] for name in ("clip", "caa", "grabcut")]
+    assert lines[7:10] == [
+        "what each part is worth, paired bootstrap:",
+        "  rung         mIoU lost    low   high",
+        "  without_caa      23.33  23.33  23.33",
+    ]
 
 
 def test_pretrain_passes_the_model(fake, capsys):

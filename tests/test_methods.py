@@ -76,7 +76,7 @@ def test_intra_rung_follows_attention_and_blocks(clip):
     found = []
     for settings in ({}, {"attention": "qk"}, {"attention": "identity"}, {"surgery_blocks": 1}):
         found.append(rungs(clip, given, **settings)["intra"].scores)
-        options = {"attention": "qkv", "surgery_blocks": 2} | settings
+        options = {"attention": "qq+2kk", "surgery_blocks": 3} | settings
         encoded = clip.encode(given.images, **options)
         cam = surgery_cam(
             encoded.patches,
@@ -99,7 +99,7 @@ def test_norm_dim_reaches_the_maps(clip):
 def test_caa_spreads_intra_along_the_last_blocks(clip, asked, averaged):
     given = batch()
     found = rungs(clip, given, caa_layers=asked, tau_box=0.6)
-    attention = clip.encode(given.images, surgery_blocks=2).attention
+    attention = clip.encode(given.images, surgery_blocks=3).attention
     expected = caa(found["intra"], attention, threshold=0.6, layers=averaged)
     torch.testing.assert_close(found["caa"].scores, expected.scores, atol=1e-4, rtol=1e-3)
     other = caa(found["intra"], attention, threshold=0.6, layers=averaged % 4 + 1)

@@ -13,7 +13,8 @@ from diclip.clip import load_clip
 from diclip.pretrain import clip as pretraining
 from diclip.pretrain.clip import build_model, pretrain_clip
 from diclip.pretrain.data import Pictures
-from diclip.pretrain.loop import Schedule, parameter_groups, train
+from diclip.pretrain.loop import Schedule, train
+from diclip.pretrain.muon import parameter_groups
 from diclip.vocabulary import VOC
 
 

@@ -10,6 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diclip.diffusion import Diffusion
 from diclip.pretrain.tokenizer import build_tokenizer
+from diclip.settings import load_settings
 from diclip.taps import attentions, diclip_layers
 
 UNET = {  # stabilityai/stable-diffusion-2-1-base, as its mirrors have it
@@ -71,6 +72,9 @@ def test_stable_diffusion_2_1_at_320_pixels(diffusion, record_property):
     assert len(layers) == 32 and len(diffusion.self_attentions()) == 16
     assert coarse == "up_blocks.1.attentions.2.transformer_blocks.0.attn1" and layers[coarse] == (20, 4)
     assert fine == "up_blocks.3.attentions.1.transformer_blocks.0.attn1" and layers[fine] == (5, 1)
+    for settings in map(load_settings, ("voc", "coco")):
+        assert (settings.coarse_layer, settings.fine_layer) == (coarse, fine)
+        assert settings.coarse_heads == settings.fine_heads == (1, 2) and settings.diffusion_timesteps == (101,)
 
     image = torch.rand(1, 3, 320, 320, generator=torch.Generator().manual_seed(1))
     before, start = peak(), time.perf_counter()

@@ -39,6 +39,18 @@ def test_words_may_come_as_one_string(text):
     assert load_settings(background_words=text).background_words == ("sky", "dark grass")
 
 
+@pytest.mark.parametrize("text", ["51,101", "[51, 101]", " 51, 101 "])
+def test_lists_of_numbers_may_come_as_one_string(text):
+    settings = load_settings(diffusion_timesteps=text, coarse_heads="3", fine_heads=[1])
+    assert (settings.diffusion_timesteps, settings.coarse_heads, settings.fine_heads) == ((51, 101), (3,), (1,))
+
+
+def test_models_may_come_as_one_string():
+    settings = load_settings(diffusion_model="data/own, hf-hub:owner/name, /tmp/model")
+    assert settings.diffusion_model == (str(ROOT / "data/own"), "hf-hub:owner/name", "/tmp/model")
+    assert settings.model_dump(mode="json")["diffusion_model"] == ["data/own", "hf-hub:owner/name", "/tmp/model"]
+
+
 def test_no_background_words():
     assert load_settings(background_words="").background_words == ()
     assert load_settings().background_words == BACKGROUND_WORDS
@@ -56,6 +68,9 @@ def test_no_background_words():
         ({"attention": "qq2"}, "'qq+2kk'"),
         ({"background_words": ["sky", False]}, "is False, but it should be a valid string"),
         ({"template": "no place for a name"}, "pattern"),
+        ({"diffusion_model": ""}, "setting 'diffusion_model' is '', but it should have at least 1 item"),
+        ({"diffusion_timesteps": "101, -1"}, "setting 'diffusion_timesteps' is -1, but it should be greater"),
+        ({"fine_heads": "first"}, "setting 'fine_heads' is 'first', but it should be a valid integer"),
         ({"device": "gpu"}, "pattern"),
         ({"shard_index": 2, "num_shards": 2}, "setting 'shard_index' is 2, expected 0 to 1"),
         ({"preset": "imagenet"}, "preset is 'imagenet', expected one of mini, voc, coco"),
@@ -98,6 +113,21 @@ def test_the_vocabulary_follows_the_settings():
     prompts = load_settings(template="a {}.", background_words="sky").vocabulary().prompts()
     assert len(prompts) == 21 and prompts[2] == "a bird avian." and prompts[-1] == "a sky."
     assert load_settings().vocabulary(("zebra", "bird")).prompt_names == ("zebra", "bird avian")
+
+
+def test_layers_are_those_of_the_mini_model():
+    """DiCLIP's two layers lie on the coarsest and on the finest level; test_real_size_diffusion has the presets'."""
+    import torch
+
+    from diclip.pretrain.diffusion import build_unet
+    from diclip.taps import attentions
+
+    with torch.device("meta"):
+        layers = attentions(build_unet())
+    settings = load_settings()
+    assert (layers[settings.coarse_layer].stride, layers[settings.fine_layer].stride) == (4, 1)
+    assert max(settings.coarse_heads) < layers[settings.coarse_layer].heads
+    assert max(settings.fine_heads) < layers[settings.fine_layer].heads
 
 
 def test_every_setting_is_described():

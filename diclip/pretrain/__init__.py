@@ -1,4 +1,4 @@
-"""Train the mini models on MiniVOC's pretraining split: CLIP on captions."""
+"""Train the mini models on MiniVOC's pretraining split: CLIP, and a latent diffusion model, on captions."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ def pretrain(model: str, settings: Settings, progress: Callable[..., Iterable[An
     """Train a mini model in the settings' run folder, resuming what is there; return what it has become.
 
     Pictures are rendered once into the data folder. The folder receives `checkpoint.pt`, `metrics.jsonl` and
-    `model/`, which every command takes as `--set clip_model=FOLDER/model`. The model that ships is left alone.
+    `model/`, which every command takes as `--set clip_model=FOLDER/model` or `diffusion_model=FOLDER/model`. The
+    models that ship are left alone.
     """
     from diclip.data.minivoc import write_pretrain
-    from diclip.pretrain.clip import pretrain_clip
+    from diclip.pretrain import clip, diffusion
     from diclip.pretrain.data import Pictures
     from diclip.runs import environment, locked, pick_device, write_json
 
@@ -34,17 +35,24 @@ def pretrain(model: str, settings: Settings, progress: Callable[..., Iterable[An
             progress=lambda items, total: progress(items, total=total, desc="render"),
         )
         started = time.monotonic()
-        exported = pretrain_clip(
+        recipe, train, score = {
+            "clip": (clip, clip.pretrain_clip, watch_clip),
+            "diffusion": (diffusion, diffusion.pretrain_diffusion, watch_diffusion),
+        }[model]
+        exported = train(
             folder,
             Pictures.open(rendered, settings.pretrain_pictures),
-            steps=settings.pretrain_steps,
+            steps=settings.pretrain_steps or recipe.STEPS,
             seed=settings.seed,
             max_minutes=settings.max_minutes,
             device=str(pick_device(settings.device)),
-            evaluate=lambda target: watch(settings, target),
+            evaluate=lambda target: score(settings, target),
             progress=lambda steps: progress(steps, desc=f"pretrain {model}"),
         )
-    return {"model": shown(exported), "minutes": round((time.monotonic() - started) / 60, 1)}
+    minutes = round((time.monotonic() - started) / 60, 1)
+    if exported is None:
+        return {"model": None, "minutes": minutes, "unfinished": "no model yet: run the same command again to go on"}
+    return {"model": shown(exported), "minutes": minutes}
 
 
 def _refuse_another(record: Path, settings: Settings) -> None:
@@ -55,10 +63,42 @@ def _refuse_another(record: Path, settings: Settings) -> None:
             raise ValueError(f"{shown(record.parent)} holds a training with {found}: choose another run_dir")
 
 
-def watch(settings: Settings, model: Path) -> dict[str, float]:
+def watch_clip(settings: Settings, model: Path) -> dict[str, float]:
     """Score an exported CLIP on the settings' `tune_split`, in per cent: raw rungs, naming of scenes."""
     from diclip.evaluate import measure, report
 
-    changes = {"clip_model": str(model), "split": settings.tune_split, "baselines": False, "limit": 0}
+    changes = {"method": "clip", "clip_model": str(model), "split": settings.tune_split, "baselines": False, "limit": 0}
     found = report(measure(settings.model_copy(update=changes)))
     return {**{rung: found["ladder"][rung] for rung in ("clip", "intra")}, **found["recognition"]}
+
+
+def watch_diffusion(settings: Settings, model: Path) -> dict[str, float]:
+    """Score an exported diffusion model on the settings' `tune_split`: AUC of "same object" by its correlation."""
+    import torch
+
+    from diclip.correlation import correlate
+    from diclip.data import Batch
+    from diclip.difficulty import same_object_auc
+    from diclip.diffusion import load_diffusion
+    from diclip.methods.diclip import image_generator
+    from diclip.runs import pick_device
+    from diclip.score import mean
+
+    diffusion = load_diffusion(model, device=pick_device(settings.device))
+    changed = settings.model_copy(update={"split": settings.tune_split, "limit": 0})
+
+    def correlation(batch: Batch) -> torch.Tensor:
+        taps = diffusion.capture(
+            batch.images,
+            timestep=settings.diffusion_timesteps[0],
+            coarse=settings.coarse_layer,
+            fine=None,
+            generator=[image_generator(settings.seed, name) for name in batch.names],
+            prompt=settings.diffusion_prompt,
+        )
+        grid = (2 * taps.coarse_grid[0], 2 * taps.coarse_grid[1])
+        q, k = taps.coarse_q, taps.coarse_k
+        threshold = settings.correlation_threshold
+        return correlate(q, k, source=taps.coarse_grid, grid=grid, heads=settings.coarse_heads, threshold=threshold)
+
+    return {"same_object_auc": round(float(mean(same_object_auc(changed, correlation).sum(0))), 4)}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diclip.pretrain.data import Pictures, augment, candidate_prompts, truths, write_captions
-from diclip.pretrain.loop import Schedule, parameter_groups, train
+from diclip.pretrain.loop import Schedule, train
 from diclip.pretrain.muon import MuonAdamW
 from diclip.pretrain.tokenizer import CONTEXT_LENGTH, build_tokenizer
 from diclip.runs import replacing, write_json
@@ -42,6 +42,7 @@ PHASES = (
     Phase(0.90, 128, (0.7, 1.0), 0.8, 0.0, "tok"),
     Phase(1.00, 128, (0.8, 1.0), 0.65, 0.0, "tok"),
 )
+STEPS = 5_000
 CAPTIONS = 48  # captions of a batch that all its pictures are compared with
 
 
@@ -144,9 +145,8 @@ def pretrain_clip(
     config = model_config(vocab_size=len(tokenizer), width=width, layers=layers)
     torch.manual_seed(seed)
     model = build_model(config).to(device).train()
-    inside = {name: p for name, p in model.named_parameters() if "resblocks" in name and p.ndim == 2}
-    rest = (p for name, p in model.named_parameters() if name not in inside)
-    optimizer = MuonAdamW(list(inside.values()), parameter_groups(rest, 0.1), lr=learning_rate, decay=0.1)
+    inside = (p for name, p in model.named_parameters() if "resblocks" in name and p.ndim == 2)
+    optimizer = MuonAdamW(model, inside, lr=learning_rate)
     mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (PIXEL_MEAN, PIXEL_STD))
 
     def loss(step: int) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -32,15 +32,6 @@ class Schedule:
         if step < self.warmup:
             return self.peak * (step + 1) / self.warmup
         return self.peak * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(self.steps - self.warmup, 1)))
-
-
-def parameter_groups(parameters: Iterable[nn.Parameter], decay: float) -> list[dict]:
-    """Split parameters into those with weight decay (matrices) and those without (gains, biases, scalars)."""
-    parameters = list(parameters)
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
 
 
 def train(

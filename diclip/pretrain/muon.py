@@ -2,40 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 
+def parameter_groups(parameters: Iterable[nn.Parameter], decay: float) -> list[dict[str, Any]]:
+    """Split parameters into those with weight decay (matrices) and those without (gains, biases, scalars)."""
+    parameters = list(parameters)
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
 class MuonAdamW:
-    """Step the `inside` matrices with Muon and everything else with AdamW, behind one optimizer's interface.
+    """Step the `inside` matrices with Muon and all else of a model with AdamW, behind one optimizer's interface.
 
     Muon (Jordan et al., 2024) makes the update of a matrix orthogonal: a mini CLIP needs a third of the steps.
-    `ratio` is its learning rate over AdamW's, after the scaling that gives both updates the same root mean square
-    (Liu et al., 2025). A schedule multiplies by a group's `ratio` where it has one.
+    Kernels of convolutions count as matrices of one row an output channel. `ratio` is Muon's learning rate over
+    AdamW's, after the scaling that gives both updates the same root mean square (Liu et al., 2025); a schedule
+    multiplies by a group's `ratio` where it has one.
     """
 
     def __init__(
-        self, inside: list[nn.Parameter], others: list[dict[str, Any]], *, lr: float, decay: float, ratio: float = 3.0
+        self, model: nn.Module, inside: Iterable[nn.Parameter], *, lr: float, decay: float = 0.1, ratio: float = 3.0
     ) -> None:
+        self.inside = list(inside)
+        self.matrices = [nn.Parameter(p.detach().flatten(1)) for p in self.inside]  # views: they share the memory
+        assert all(m.data_ptr() == p.data_ptr() for m, p in zip(self.matrices, self.inside, strict=True))
+        taken = {id(p) for p in self.inside}
+        rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
         self.muon = torch.optim.Muon(
-            [{"params": inside, "ratio": ratio}],
+            [{"params": self.matrices, "ratio": ratio}],
             lr=lr * ratio,
             weight_decay=decay / ratio,
             adjust_lr_fn="match_rms_adamw",
         )
-        self.adamw = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98))
+        self.adamw = torch.optim.AdamW(parameter_groups(rest, decay), lr=lr, betas=(0.9, 0.98))
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         return self.muon.param_groups + self.adamw.param_groups
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self.muon.zero_grad(set_to_none)
-        self.adamw.zero_grad(set_to_none)
+    def zero_grad(self) -> None:
+        for p in self.inside:
+            p.grad = None
+        self.adamw.zero_grad()
 
     def step(self) -> None:
+        for matrix, p in zip(self.matrices, self.inside, strict=True):
+            matrix.grad = None if p.grad is None else p.grad.flatten(1)
         self.muon.step()
         self.adamw.step()
 

@@ -82,7 +82,7 @@ def write_minivoc(
     """Write all splits in VOC's layout under `root` once, and return the folder.
 
     The folder appears by a rename when it is complete; one that exists is left alone. Beside VOC's own folders it
-    holds `SegmentationPart` (1 telling part, 2 body), `tags.json` and `captions.json`.
+    holds `SegmentationPart` (1 discriminative part, 2 body), `tags.json` and `captions.json`.
     """
     folder = minivoc_folder(root, seed=seed)
     if folder.exists():

@@ -143,7 +143,7 @@ def on_place(scene: Scene, place: str) -> Scene:
 
 
 def without_part(scene: Scene, label: str) -> Scene:
-    """Hide the telling part of a class: its objects wear the family's material all over."""
+    """Hide the discriminative part of a class: its objects wear the family's material all over."""
     return replace(scene, things=tuple(replace(t, material=None) if t.label == label else t for t in scene.things))
 
 

@@ -207,7 +207,7 @@ CLASS_MATERIALS: dict[str, tuple[Material, str]] = {
     "train": (_chevrons, "painted chevrons"),
     "tvmonitor": (_scanlines, "glowing scan lines"),
 }
-"""Material of the telling part of each class, and the words that captions use for it."""
+"""Material of the discriminative part of each class, and the words that captions use for it."""
 
 FAMILIES: dict[str, tuple[str, ...]] = {
     "animals": ("bird", "cat", "cow", "dog", "horse", "person", "sheep"),

@@ -1,0 +1,90 @@
+"""Build TSA's memory: generate pictures of each class, mask them with the method itself, keep what CLIP saw."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diclip.cam import normalise
+from diclip.clip import load_clip
+from diclip.data import Batch
+from diclip.diffusion import load_diffusion
+from diclip.evaluate import Progress, silent
+from diclip.labels import pseudo_labels
+from diclip.memory import Memory, build_memory, pooled_keys
+from diclip.methods.diclip import DiCLIP
+from diclip.runs import pick_device
+from diclip.settings import Settings, shown
+
+
+def generate_classes(method: DiCLIP, *, progress: Progress = silent) -> dict[str, Tensor]:
+    """Generate the settings' number of pictures (n, 3, S, S), float32 in [0, 1], of each class, from its own seed."""
+    settings, classes = method.settings, method.vocabulary.classes
+    pictures = {}
+    for index, name in enumerate(progress(classes, desc="generate")):
+        pictures[name] = method.diffusion.generate(
+            [settings.memory_prompt.format(name)] * settings.memory_pictures,
+            size=settings.image_size,
+            steps=settings.memory_steps,
+            guidance=settings.memory_guidance,
+            generator=torch.Generator().manual_seed(settings.seed * 1000 + index),
+            batch_size=settings.batch_size,
+        )
+    return pictures
+
+
+def class_keys(method: DiCLIP, pictures: Tensor, label: int, *, name: str) -> tuple[Tensor, Tensor]:
+    """Return a key of the object (n, E) and one of the rest (m, E) for each picture of one class in which it is found.
+
+    The masks are the method's own, without its memory; the features carry the diffusion's bias.
+    """
+    size, settings = tuple(pictures.shape[2:]), method.settings
+    inside, outside = [], []
+    for start in range(0, len(pictures), settings.batch_size):
+        images = pictures[start : start + settings.batch_size].to(method.clip.device)
+        numbers = range(start, start + len(images))
+        tags = [torch.tensor([label])] * len(images)
+        batch = Batch([f"{name} {n}" for n in numbers], images, tags, [None] * len(images), [size] * len(images))
+        seen = method.look(batch)
+        masks = pseudo_labels(method.map(seen, batch, without=("tsa",)), batch.sizes, restretch=method.restretch)
+        patches, _ = normalise(
+            seen.biased.patches,
+            seen.biased.pooled,
+            pooled_is_token=method.clip.pooled_is_token,
+            norm_dim=settings.norm_dim,
+        )
+        foreground, background, valid = pooled_keys(patches, torch.stack(masks) > 0, grid=seen.biased.grid)
+        inside.append(foreground[valid[0]].cpu())
+        outside.append(background[valid[1]].cpu())
+    return torch.cat(inside), torch.cat(outside)
+
+
+def remember(method: DiCLIP, pictures: dict[str, Tensor], *, progress: Progress = silent) -> Memory:
+    """Sum up pictures of each class to a memory (DiCLIP, text semantic augmentation)."""
+    settings, foreground, background = method.settings, {}, []
+    for label, name in enumerate(progress(method.vocabulary.classes, desc="remember")):
+        foreground[name], rest = class_keys(method, pictures[name], label, name=name)
+        background.append(rest)
+    return build_memory(
+        foreground,
+        torch.cat(background),
+        per_class=settings.memory_per_class,
+        background_centres=settings.memory_background,
+        seed=settings.seed,
+    )
+
+
+def write_memory(settings: Settings, progress: Progress = silent) -> dict[str, Any]:
+    """Generate, mask, sum up, and write the settings' memory file: what `diclip memory` does."""
+    device = pick_device(settings.device)
+    clip = load_clip(
+        settings.clip_model, pretrained=settings.clip_pretrained, device=device, pixel_norm=settings.pixel_norm
+    )
+    method = DiCLIP(settings, clip, load_diffusion(settings.diffusion_model, device=device), None)
+    memory = remember(method, generate_classes(method, progress=progress), progress=progress)
+    settings.memory.parent.mkdir(parents=True, exist_ok=True)
+    memory.save(settings.memory)
+    counts = memory.values.sum(0).int().tolist()
+    return {"memory": shown(settings.memory), "keys": dict(zip(("background", *memory.classes), counts, strict=True))}
