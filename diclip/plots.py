@@ -66,9 +66,13 @@ def map_table(
     *,
     names: Sequence[str] | None = None,
     limits: tuple[float, float] = (0, 1),
+    points: Sequence[tuple[float, float]] | None = None,
     side: float = 1.6,
 ) -> Figure:
-    """Show a row an image: the picture, then its map (h, w) of each kind in `maps`, all on one scale."""
+    """Show a row an image: the picture, then its map (h, w) of each kind in `maps`, all on one scale.
+
+    `points`, one (y, x) an image as shares of its height and width, are ringed in the whole row.
+    """
     figure, axes = panels(len(images), 1 + len(maps), side=side)
     drawn = None
     for row, image in enumerate(images):
@@ -77,9 +81,22 @@ def map_table(
         for column, (kind, of_kind) in enumerate(maps.items(), start=1):
             drawn = draw_map(axes[row, column], image, of_kind[row], limits=limits)
             axes[row, column].set_title(kind, fontsize=8)
+        if points is not None:
+            y, x = points[row]
+            for axis in axes[row]:
+                _ring(axis, x=x, y=y)
     if drawn is not None:
-        figure.colorbar(drawn, ax=axes[:, -1].tolist(), shrink=0.7, aspect=30)
+        bar = figure.colorbar(drawn, ax=axes[:, -1].tolist(), shrink=0.7, aspect=18)
+        bar.solids.set_alpha(1)
     return figure
+
+
+def _ring(axis: Axes, *, x: float, y: float) -> None:
+    """Ring a place given in shares of the picture's width and height, so that it shows on bright and dark."""
+    left, right, bottom, top = axis.images[0].get_extent()
+    place = ([left + x * (right - left)], [top + y * (bottom - top)])
+    for colour, width in (("black", 3.2), ("#56B4E9", 1.6)):
+        axis.plot(*place, marker="o", markersize=8, markeredgewidth=width, color=colour, fillstyle="none")
 
 
 def draw_labels(axis: Axes, mask: Any) -> None:
@@ -178,15 +195,28 @@ def curves(
     return figure
 
 
-def bars(values: Mapping[str, float], *, xlabel: str, title: str = "", limit: float | None = None) -> Figure:
-    """Show named values as horizontal bars; `limit` draws a line that they should stay below, or pass."""
+def bars(
+    values: Mapping[str, float],
+    *,
+    xlabel: str,
+    title: str = "",
+    limit: float | None = None,
+    intervals: Mapping[str, tuple[float, float]] | None = None,
+) -> Figure:
+    """Show named values as horizontal bars, those in `intervals` with their (low, high).
+
+    `limit` draws a line that they should stay below, or pass.
+    """
     figure = Figure(figsize=(5.0, 0.6 + 0.3 * len(values)), layout="constrained", dpi=100)
     axis = figure.subplots()
-    axis.barh(list(values), list(values.values()), color=COLOURS[0], height=0.6)
+    lows, highs = np.array([(intervals or {}).get(name, (value, value)) for name, value in values.items()]).T
+    heights = np.array(list(values.values()))
+    errors = None if intervals is None else (heights - lows, highs - heights)
+    axis.barh(list(values), heights, color=COLOURS[0], height=0.6, xerr=errors, capsize=3)
     if limit is not None:
         axis.axvline(limit, color=COLOURS[3], linestyle="--")
-    for index, value in enumerate(values.values()):
-        axis.text(value, index, f" {value:.3g}", va="center", fontsize=8)
+    for index, (value, high) in enumerate(zip(heights, highs, strict=True)):
+        axis.text(max(value, high), index, f" {value:.3g}", va="center", fontsize=8)
     axis.invert_yaxis()
     axis.set(xlabel=xlabel, title=title)
     _tidy(axis, legend=False)

@@ -46,11 +46,12 @@ def image_counts(prediction: Tensor, target: Tensor, *, num_classes: int, ignore
 
 
 def part_counts(prediction: Tensor, target: Tensor, parts: Tensor) -> Counts:
-    """Count one image's object pixels by part: (2, 2), int64, of hits and pixels, telling part first, then body.
+    """Count one image's object pixels by part: (2, 2), int64, of hits and pixels, discriminative part first.
 
     `parts` (H, W) is 1 on the part of an object that wears its class's material, 2 on its body, 0 elsewhere; a
     hit is a pixel whose predicted class is right. `mean` of the sums is the recall on part and body.
     """
+    prediction, parts = prediction.to(target.device), parts.to(target.device)
     right = (prediction == target) & (target != 255)
     masks = [(parts == part) & (target != 255) for part in (1, 2)]
     return np.array([[int((right & mask).sum()), int(mask.sum())] for mask in masks])

@@ -6,16 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# What a surgery block sums over its heads: weight · softmax(left rightᵀ / √d). "identity" is a unit matrix
-# for each head; "bias" leaves only the given bias.
-ATTENTIONS: dict[str, tuple[tuple[float, str, str], ...]] = {
-    "qk": ((1.0, "q", "k"),),
-    "qq": ((1.0, "q", "q"),),
-    "kk": ((1.0, "k", "k"),),
-    "vv": ((1.0, "v", "v"),),
-    "qkv": ((1 / 3, "q", "q"), (1 / 3, "k", "k"), (1 / 3, "v", "v")),  # ExCEL
-    "qq+2kk": ((1.0, "q", "q"), (2.0, "k", "k")),  # DiCLIP
-    "identity": (),
+# What a surgery block sums over its heads: weight · softmax(left rightᵀ / √d) for a pair of letters, weight ·
+# unit matrix for "1". "3identity" is the null of "qq+2kk", with rows of the same sum; "bias" leaves only the bias.
+ATTENTIONS: dict[str, tuple[tuple[float, str], ...]] = {
+    "qk": ((1.0, "qk"),),
+    "qq": ((1.0, "qq"),),
+    "kk": ((1.0, "kk"),),
+    "vv": ((1.0, "vv"),),
+    "qkv": ((1 / 3, "qq"), (1 / 3, "kk"), (1 / 3, "vv")),  # ExCEL
+    "qq+2kk": ((1.0, "qq"), (2.0, "kk")),  # DiCLIP
+    "identity": ((1.0, "1"),),
+    "3identity": ((3.0, "1"),),
     "bias": (),
 }
 
@@ -45,10 +46,11 @@ def head_sum(q: Tensor, k: Tensor, v: Tensor, *, attention: str, bias: Tensor | 
     """
     part, heads, size = {"q": q, "k": k, "v": v}, q.shape[1], q.shape[2]
     total = q.new_zeros(len(q), size, size)
-    if attention == "identity":
-        total = total + heads * torch.eye(size, device=q.device)
-    for weight, left, right in ATTENTIONS[attention]:
-        total = total + weight * attend(part[left], part[right]).sum(1)
+    for weight, pair in ATTENTIONS[attention]:
+        if pair == "1":
+            total = total + weight * heads * torch.eye(size, device=q.device)
+        else:
+            total = total + weight * attend(part[pair[0]], part[pair[1]]).sum(1)
     return total if bias is None else total + heads * F.pad(bias, (1, 0, 1, 0))
 
 

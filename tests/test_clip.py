@@ -59,7 +59,7 @@ def test_own_path_is_open_clips(pool, need_attention):
     ("attention", "mass"),
     [
         *(("qk", 12), ("qq", 12), ("kk", 12), ("vv", 12)),
-        *(("qkv", 12), ("qq+2kk", 36), ("identity", 12), ("bias", 0)),
+        *(("qkv", 12), ("qq+2kk", 36), ("identity", 12), ("3identity", 36), ("bias", 0)),
     ],
 )
 def test_row_masses(attention, mass):
@@ -70,6 +70,13 @@ def test_row_masses(attention, mass):
     torch.testing.assert_close(plain, torch.full_like(plain, mass))
     torch.testing.assert_close(biased[:, 0], plain[:, 0])  # the class token gets no bias
     torch.testing.assert_close(biased[:, 1:], plain[:, 1:] + HEADS)
+
+
+@pytest.mark.parametrize("attention", ["identity", "3identity"])
+def test_identity_leaves_each_token_its_own_value(attention):
+    q, k, v = torch.randn(3, 2, HEADS, 7, 4, generator=torch.Generator().manual_seed(0))
+    shared = head_sum(q, k, v, attention=attention)
+    torch.testing.assert_close(shared, shared.diagonal(dim1=1, dim2=2).diag_embed())
 
 
 def test_every_attention_has_a_mass_test():

@@ -26,7 +26,9 @@ FIGURES = {
         "abc",
     ),
     "map_table": lambda: (
-        plots.map_table([PICTURE, BYTES], {"clip": [HEAT, HEAT], "intra": [HEAT, HEAT]}, names=["x", "y"]),
+        plots.map_table(
+            [PICTURE, BYTES], {"clip": [HEAT, HEAT], "intra": [HEAT, HEAT]}, names=["x", "y"], points=[(0, 0), (1, 1)]
+        ),
         2 * 3 + 1,  # and the colour bar
         ["clip", "intra", "x", "y"],
     ),
@@ -52,7 +54,7 @@ FIGURES = {
         ["u", "v", "block", "likeness", "over"],
     ),
     "bars": lambda: (
-        plots.bars({"auc": 0.745, "acc": 0.2}, xlabel="share", limit=0.77),
+        plots.bars({"auc": 0.745, "acc": 0.2}, xlabel="share", limit=0.77, intervals={"auc": (0.7, 0.8)}),
         1,
         ["0.745", "0.2", "auc", "share"],
     ),
@@ -119,3 +121,24 @@ def test_ladder_draws_the_intervals():
     segments = axis.collections[0].get_segments()
     assert [sorted(point[1] for point in segment) for segment in segments] == [[18, 23], [40, 44]]
     assert axis.get_legend() is None and axis.get_ylim()[0] == 0
+
+
+def test_bars_draw_the_intervals_that_there_are():
+    figure = plots.bars({"auc": 0.7, "acc": 0.2}, xlabel="share", intervals={"auc": (0.6, 0.9)})
+    (axis,) = figure.axes
+    assert [bar.get_width() for bar in axis.patches] == pytest.approx([0.7, 0.2])
+    segments = axis.collections[0].get_segments()
+    ends = [sorted(point[0] for point in segment) for segment in segments]
+    np.testing.assert_allclose(ends, [[0.6, 0.9], [0.2, 0.2]])
+    texts = {text.get_text().strip(): text.get_position()[0] for text in axis.texts}
+    assert texts == pytest.approx({"0.7": 0.9, "0.2": 0.2})  # beside the whisker, not on it
+    assert not plots.bars({"auc": 0.7}, xlabel="share").axes[0].collections
+
+
+def test_points_are_ringed_in_the_whole_row():
+    figure = plots.map_table([PICTURE, BYTES], {"clip": [HEAT, HEAT]}, points=[(0.25, 0.5), (1, 0)])
+    for axis in figure.axes[:2]:  # a picture of 20 x 30 pixels, whose corner is at -0.5
+        assert {tuple(line.get_xydata()[0]) for line in axis.lines} == {(14.5, 4.5)}
+        assert all(line.get_fillstyle() == "none" for line in axis.lines)
+    assert {tuple(line.get_xydata()[0]) for axis in figure.axes[2:4] for line in axis.lines} == {(-0.5, 15.5)}
+    assert not [line for axis in plots.map_table([PICTURE], {"clip": [HEAT]}).axes[:2] for line in axis.lines]

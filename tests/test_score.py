@@ -16,6 +16,7 @@ from diclip.score import (
     miou,
     pair_auc,
     paired_interval,
+    part_counts,
     summary,
     tag_average_precision,
 )
@@ -83,6 +84,20 @@ def test_precision_of_a_class_never_predicted_is_zero():
     rates = class_rates(image_counts(torch.tensor([0, 0]), torch.tensor([0, 1]), num_classes=1))
     np.testing.assert_allclose(rates["precision"], [50, 0])
     np.testing.assert_allclose(rates["recall"], [100, 0])
+
+
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+
+
+@pytest.mark.parametrize("device", DEVICES)  # of the model; masks and parts are read from disk
+def test_part_counts(device):
+    target = torch.tensor([[0, 1, 1, 1], [2, 2, 255, 1]])
+    parts = torch.tensor([[0, 1, 1, 2], [2, 2, 1, 2]])  # the border's pixel counts for nothing
+    guess = torch.tensor([[1, 1, 2, 0], [2, 0, 1, 1]], device=device)
+    counts = part_counts(guess, target, parts)
+    np.testing.assert_array_equal(counts, [[1, 2], [2, 4]])
+    np.testing.assert_allclose(mean(counts), [0.5, 0.5])
+    np.testing.assert_array_equal(part_counts(guess, target.to(device), parts), counts)
 
 
 def test_labels_out_of_range_and_shapes_are_refused():
