@@ -1,7 +1,7 @@
 """The cast: outlines of twenty classes and of things that nobody labelled.
 
 Most come from two icon fonts (see NOTICE), the rest is drawn in `drawings`. An outline carries the split of its
-silhouette into the telling *part*, which wears the class's material, and the *body*, which wears the family's.
+silhouette into the discriminative *part*, which wears the class's material, and the *body*, which wears the family's.
 """
 
 import logging
