@@ -21,7 +21,7 @@ PART_FRACTION = 0.6
 
 _COMPASS = {"n": (0, -1), "s": (0, 1), "w": (-1, 0), "e": (1, 0), "nw": (-0.7, -0.7), "sw": (-0.7, 0.7)}
 
-# outline -> direction in which its discriminative part lies; 'mdi:' Material Design Icons, 'fa:' Font Awesome, 'own:' ours
+# outline -> where its discriminative part lies; 'mdi:' Material Design Icons, 'fa:' Font Awesome, 'own:' ours
 CAST: dict[str, dict[str, str]] = {
     "aeroplane": {"mdi:airplane": "n", "mdi:airplane-takeoff": "e", "mdi:airplane-landing": "n"},
     "bicycle": {"mdi:bicycle": "s", "mdi:bicycle-basket": "w"},

@@ -33,7 +33,7 @@ class Rendered:
     """A painted scene: `image (H, W, 3)` uint8 and masks `(H, W)` uint8.
 
     `classes` holds 0 for background, 1 + class index for objects and 255 on their borders, as VOC does;
-    `instances` 0 or 1 + the index of the thing (distractors too); `parts` 0, 1 for the discriminative part, 2 for the body.
+    `instances` 0 or 1 + the index of the thing (distractors too); `parts` 0, 1 the discriminative part, 2 the body.
     """
 
     image: np.ndarray
