@@ -228,5 +228,5 @@ def _explain(error: Any) -> str:
         expected = re.sub(r"^\w+ should", "it should", error["msg"])
         return f"setting {name!r} is {found!r}, but {expected} ({Settings.model_fields[name].description})"
     near = get_close_matches(str(name), Settings.model_fields, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(Settings.model_fields)}"
+    hint = f"did you mean {near[0]!r}?" if near else "`diclip --help` lists them all"
     return f"unknown setting {name!r}: {hint}"

@@ -60,7 +60,7 @@ def test_no_background_words():
     ("overrides", "message"),
     [
         ({"bach_size": 4}, "unknown setting 'bach_size': did you mean 'batch_size'?"),
-        ({"zzz": 4}, "unknown setting 'zzz': expected one of preset, "),
+        ({"zzz": 4}, "unknown setting 'zzz': `diclip --help` lists them all"),
         ({"batch_size": "many"}, "setting 'batch_size' is 'many', but it should be a valid integer"),
         ({"batch_size": 0}, "greater than or equal to 1"),
         ({"image_size": 100}, "multiple of 8"),
