@@ -165,3 +165,17 @@ def pictures(facts):
 
     images = np.random.default_rng(0).integers(0, 256, (12, 128, 128, 3), dtype=np.uint8)
     return Pictures(images, *(array[:12] for array in facts))
+
+
+@pytest.fixture(scope="session")
+def tensors():
+    """Return a function that lists the tensors of nested dictionaries, lists and tuples, as checkpoints are."""
+    import torch
+
+    def found(state) -> list[torch.Tensor]:
+        if isinstance(state, torch.Tensor):
+            return [state]
+        values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
+        return [tensor for value in values for tensor in found(value)]
+
+    return found

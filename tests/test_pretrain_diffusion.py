@@ -61,14 +61,7 @@ def killed_at(last: int, step: int):
     return progress
 
 
-def tensors(state) -> list[torch.Tensor]:
-    if isinstance(state, torch.Tensor):
-        return [state]
-    values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
-    return [tensor for value in values for tensor in tensors(value)]
-
-
-def test_a_resumed_training_is_bit_for_bit_the_same(pictures, tmp_path):
+def test_a_resumed_training_is_bit_for_bit_the_same(tensors, pictures, tmp_path):
     def run(name, **options):
         torch.manual_seed(len(name))  # what was drawn before must not matter
         return learn(tmp_path / name, pictures, **options)

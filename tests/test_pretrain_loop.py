@@ -86,14 +86,7 @@ def killed_after(steps):
     return progress
 
 
-def tensors(state) -> list[torch.Tensor]:
-    if isinstance(state, torch.Tensor):
-        return [state]
-    values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
-    return [tensor for value in values for tensor in tensors(value)]
-
-
-def test_a_resumed_clip_is_bit_for_bit_the_same(monkeypatch, pictures, tmp_path):
+def test_a_resumed_clip_is_bit_for_bit_the_same(tensors, monkeypatch, pictures, tmp_path):
     monkeypatch.setattr(pretraining, "train", partial(train, save_every=2))
     small = {"steps": 5, "batch_size": 4, "width": 32, "layers": 2, "seed": 3}
 
