@@ -65,9 +65,11 @@ class DiCLIP(PlainCLIP):
         yield "clip", clip
         yield "intra", self.map(seen, batch, without=PARTS)
         yield "vce", self.map(seen, batch, without=PARTS[1:])
-        yield "tsa", self.map(seen, batch, without=PARTS[2:])
-        yield "caa", self.map(seen, batch, without=PARTS[3:])
-        yield "rar", self.map(seen, batch)
+        tsa = self.map(seen, batch, without=PARTS[2:])
+        yield "tsa", tsa
+        spread = self.refine(tsa, seen, without=("rar",))
+        yield "caa", spread
+        yield "rar", self.refine(spread, seen, without=("caa",))
         yield "clip_rar", self.refine(clip, seen)
         if self.settings.ablate:
             for part in PARTS:
