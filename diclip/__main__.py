@@ -56,6 +56,20 @@ def memory(args: argparse.Namespace) -> Result:
     return write_memory(_settings(args), progress)
 
 
+def judge(args: argparse.Namespace) -> Result:
+    from diclip.judge import judge_generated
+    from diclip.runs import progress
+
+    return judge_generated(_settings(args), progress)
+
+
+def effects(args: argparse.Namespace) -> Result:
+    from diclip.effects import measure_effects
+    from diclip.runs import progress
+
+    return measure_effects(_settings(args), progress)
+
+
 def data_minivoc(args: argparse.Namespace) -> Result:
     from diclip.data import prepare
 
@@ -128,6 +142,8 @@ def parser() -> argparse.ArgumentParser:
     model = command("pretrain", pretrain, "train one of the two embedded models")
     model.add_argument("model", choices=("clip", "diffusion"))
     command("memory", memory, "generate pictures of every class and build DiCLIP's memory from them")
+    command("judge", judge, "tell how many generated pictures a classifier of its own recognises")
+    command("effects", effects, "measure each idea of DiCLIP against the simplest thing that could explain it")
     data = commands.add_parser("data", help="draw or check a dataset")
     data = data.add_subparsers(required=True, metavar="WHAT")
     command("minivoc", data_minivoc, "draw MiniVOC", within=data)
@@ -175,6 +191,18 @@ def brief(result: Result) -> Result:
     if "difficulty" in result:
         rows = [{"measure": name, **row} for name, row in result["difficulty"].items()]
         return {"images": result["images"], "95 % bootstrap over images, and the bar to stay below": rows}
+    if result and all(isinstance(value, dict) and "null_is" in value for value in result.values()):
+        columns = ("metric", "with", "without", "null", "null_is")
+        rows = []
+        for idea, effect in result.items():
+            low, high = effect["interval"]
+            rows.append({"idea": idea, **{name: effect[name] for name in columns}, "low": low, "high": high})
+        return {"with minus null (without one: minus without), 95 % bootstrap over images": rows}
+    if "recognised" in result:
+        own = result["judge"]
+        real = {"value": own["accuracy"], "low": own["low"], "high": own["high"]}
+        rows = [{"pictures": "generated", **result["recognised"]}, {"pictures": "real", **real}]
+        return {"recognised in per cent, 95 % bootstrap over pictures": rows, "generated, by class": result["classes"]}
     if "miou_one_minus_max" not in result:
         return {name: brief(value) if isinstance(value, dict) else value for name, value in result.items()}
     settings, rows = result["settings"], []

@@ -96,3 +96,13 @@ def grabcut(image: np.ndarray, tags: list[int], *, rng: np.random.Generator) -> 
     cluster = KMeans(len(tags), n_init=1, max_iter=20, random_state=int(rng.integers(2**31))).fit_predict(points)
     labels[front] = 1 + rng.permutation(np.array(tags))[cluster]
     return labels
+
+
+def place_affinity(grid: tuple[int, int], *, width: float = 2.0) -> Tensor:
+    """Compare patches by their distance alone, `(1, N, N)` with rows that sum to 1: a Gaussian of `width` patches.
+
+    As a bias it blurs maps, and knows nothing of the picture.
+    """
+    y, x = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    places = torch.stack([y, x], -1).flatten(0, 1).float()
+    return torch.softmax(-(torch.cdist(places, places) ** 2) / (2 * width**2), -1)[None]

@@ -82,7 +82,8 @@ def cluster(correlation: Tensor, *, grid: tuple[int, int], anchors: int = 3, rou
     columns = correlation.float().transpose(1, 2)  # (B, token, who attends to it)
     columns = columns.masked_fill(columns == 0, 1e-6)
     shifted = (columns + 1e-5).transpose(1, 2)  # (B, who attends, token)
-    logs = shifted.log()
+    reference = shifted[..., :1].log()  # J does not change; without it, sums that nearly cancel lose their digits
+    logs = shifted.log() - reference
 
     rows = torch.arange(0, h, max(h // anchors, 1), device=columns.device)
     start = (rows[:, None] * w + torch.arange(0, w, max(w // anchors, 1), device=columns.device)).flatten()
@@ -90,7 +91,7 @@ def cluster(correlation: Tensor, *, grid: tuple[int, int], anchors: int = 3, rou
     alive = torch.ones_like(centres[..., 0], dtype=torch.bool)
     for _ in range(rounds):
         near = centres + 1e-5
-        near_logs = near.log()
+        near_logs = near.log() - reference.transpose(1, 2)
         # 2 J(a, r) = Σ a log a - a · log r - r · log a + Σ r log r; the last term is the same for all anchors.
         gap = (near * near_logs).sum(-1, keepdim=True) - near @ logs - near_logs @ shifted  # (B, A, N)
         owner = gap.masked_fill(~alive[..., None], torch.inf).argmin(1)  # (B, N)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from diclip.baselines import grabcut
 from diclip.data import Batch, batches, open_dataset
 from diclip.labels import BackgroundSweep, pseudo_labels
-from diclip.methods import Method, build_method
+from diclip.methods import Method, Rungs, build_method
 from diclip.runs import environment
 from diclip.score import Counts, image_counts, interval, miou, paired_interval, summary, tag_average_precision
 from diclip.settings import Settings
@@ -74,7 +74,7 @@ def measure(settings: Settings, progress: Progress = silent, *, method: Method |
     classes = dataset.class_names
     counted: dict[str, dict[str, list[Counts]]] = {"tuned": {}, "one_minus_max": {}}
     names, similarity, tags = [], [], []
-    for batch in progress(_loader(dataset, settings), desc=f"{settings.method} on {settings.split}"):
+    for batch in progress(loader(dataset, settings), desc=f"{settings.method} on {settings.split}"):
         for rung, maps in method.rungs(batch):
             for kind, rule in (("tuned", "fixed"), ("one_minus_max", "one_minus_max")):
                 score = background[rung]
@@ -108,20 +108,27 @@ def choose_background(settings: Settings, method: Method, progress: Progress = s
     if settings.background == "fixed":
         others = (*method.baselines, *method.ablations)
         return dict.fromkeys((*method.raw, *method.refined, *others), settings.background_score)
+    sweeps = tune_sweeps(settings, method, progress)
+    return {rung: round(float(sweep.scores[int(swept(sweep).argmax())]), 4) for rung, sweep in sweeps.items()}
+
+
+def tune_sweeps(settings: Settings, method: Rungs, progress: Progress = silent) -> dict[str, BackgroundSweep]:
+    """Count each rung's labels on all of the settings' `tune_split`, for every background score."""
     chosen = settings.model_copy(update={"split": settings.tune_split, "shard_index": 0, "num_shards": 1})
     dataset = open_dataset(chosen)
     sweeps: dict[str, BackgroundSweep] = {}
-    for batch in progress(_loader(dataset, chosen), desc=f"background on {chosen.split}"):
+    for batch in progress(loader(dataset, chosen), desc=f"background on {chosen.split}"):
         for rung, maps in method.rungs(batch):
             sweep = sweeps.setdefault(rung, BackgroundSweep(len(dataset.class_names)))
             sweep.update(maps, batch.masks, restretch=method.restretch)
-    best = {}
-    for rung, sweep in sweeps.items():
-        confusion = sweep.confusion().numpy()  # (scores, truth, prediction)
-        hits = np.diagonal(confusion, axis1=1, axis2=2)
-        counts = np.stack([hits, confusion.sum(1), confusion.sum(2)], -1)
-        best[rung] = round(float(sweep.scores[int(miou(counts).argmax())]), 4)
-    return best
+    return sweeps
+
+
+def swept(sweep: BackgroundSweep) -> NDArray[np.float64]:
+    """Return the mIoU in per cent at each of a sweep's background scores."""
+    confusion = sweep.confusion().numpy()  # (scores, truth, prediction)
+    hits = np.diagonal(confusion, axis1=1, axis2=2)
+    return miou(np.stack([hits, confusion.sum(1), confusion.sum(2)], -1))
 
 
 def class_similarity(method: Method, images: torch.Tensor) -> NDArray[np.float64]:
@@ -192,7 +199,8 @@ def evaluate(settings: Settings, progress: Progress = silent) -> dict[str, Any]:
     return report(measure(settings, progress))
 
 
-def _loader(dataset: Any, settings: Settings) -> Iterable[Batch]:
+def loader(dataset: Any, settings: Settings) -> Iterable[Batch]:
+    """Read a dataset in the settings' batches."""
     return batches(dataset, image_size=settings.image_size, batch_size=settings.batch_size, workers=settings.workers)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from diclip.cam import normalise
 from diclip.clip import load_clip
 from diclip.data import Batch
-from diclip.diffusion import load_diffusion
+from diclip.diffusion import Diffusion, load_diffusion
 from diclip.evaluate import Progress, silent
 from diclip.labels import pseudo_labels
 from diclip.memory import Memory, build_memory, pooled_keys
@@ -19,12 +20,13 @@ from diclip.runs import pick_device
 from diclip.settings import Settings, shown
 
 
-def generate_classes(method: DiCLIP, *, progress: Progress = silent) -> dict[str, Tensor]:
+def generate_classes(
+    settings: Settings, diffusion: Diffusion, classes: Sequence[str], *, progress: Progress = silent
+) -> dict[str, Tensor]:
     """Generate the settings' number of pictures (n, 3, S, S), float32 in [0, 1], of each class, from its own seed."""
-    settings, classes = method.settings, method.vocabulary.classes
     pictures = {}
     for index, name in enumerate(progress(classes, desc="generate")):
-        pictures[name] = method.diffusion.generate(
+        pictures[name] = diffusion.generate(
             [settings.memory_prompt.format(name)] * settings.memory_pictures,
             size=settings.image_size,
             steps=settings.memory_steps,
@@ -83,7 +85,8 @@ def write_memory(settings: Settings, progress: Progress = silent) -> dict[str, A
         settings.clip_model, pretrained=settings.clip_pretrained, device=device, pixel_norm=settings.pixel_norm
     )
     method = DiCLIP(settings, clip, load_diffusion(settings.diffusion_model, device=device), None)
-    memory = remember(method, generate_classes(method, progress=progress), progress=progress)
+    pictures = generate_classes(settings, method.diffusion, method.vocabulary.classes, progress=progress)
+    memory = remember(method, pictures, progress=progress)
     settings.memory.parent.mkdir(parents=True, exist_ok=True)
     memory.save(settings.memory)
     counts = memory.values.sum(0).int().tolist()

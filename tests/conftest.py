@@ -14,6 +14,17 @@ from PIL import Image
 settings.register_profile("diclip", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("diclip")
 
+
+def pytest_terminal_summary(terminalreporter):
+    """List what tests measured (memory and seconds at real sizes) at the end of a run."""
+    reports = terminalreporter.stats.get("passed", [])
+    measured = {report.nodeid: dict(report.user_properties) for report in reports if report.user_properties}
+    if measured:
+        terminalreporter.section("measured")
+    for test, values in measured.items():
+        terminalreporter.write_line(f"{test}: " + ", ".join(f"{name} {value}" for name, value in values.items()))
+
+
 TAGS = {"a": ["dog", "sofa"], "b": ["cat"], "c": ["person"]}
 
 
@@ -36,6 +47,18 @@ def voc_folder(tmp_path: Path) -> Path:
     (root / "ImageSets/Segmentation/val.txt").write_text("c\n")
     (root / "tags.json").write_text(json.dumps(TAGS))
     return root
+
+
+@pytest.fixture(scope="session")
+def photograph():
+    """Read a real photograph, (3, H, W) in [0, 1]: the first that DICLIP_PHOTOS names, or matplotlib's sample."""
+    from matplotlib.cbook import get_sample_data
+
+    from diclip.data.images import read_image
+
+    folder = os.environ.get("DICLIP_PHOTOS")
+    found = sorted(Path(folder).glob("**/*.jpg")) if folder else []
+    return read_image(found[0] if found else Path(get_sample_data("grace_hopper.jpg", asfileobj=False)))
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from diclip.baselines import colour_texture_affinity, colour_texture_features, grabcut, saliency
+from diclip.baselines import colour_texture_affinity, colour_texture_features, grabcut, place_affinity, saliency
 from diclip.data.minivoc import CLASSES, render, scene_of
 
 
@@ -122,3 +122,13 @@ def test_pictures_stay_as_they_were():
     grabcut(image, [1], rng=np.random.default_rng(0))
     np.testing.assert_array_equal(image, before)
     assert cv2.cvtColor(image, cv2.COLOR_RGB2LAB).dtype == np.uint8
+
+
+def test_place_knows_distance_alone():
+    found = place_affinity((3, 5), width=1.5)
+    assert found.shape == (1, 15, 15)
+    torch.testing.assert_close(found.sum(-1), torch.ones(1, 15))
+    row = found[0, 7].unflatten(0, (3, 5))  # of the middle
+    assert row[1, 2] == row.max() and row[1, 1] == row[1, 3]
+    assert (row[1, 3] / row[1, 2]).item() == pytest.approx(np.exp(-1 / (2 * 1.5**2)))
+    assert (row[0, 1] / row[1, 2]).item() == pytest.approx(np.exp(-2 / (2 * 1.5**2)))

@@ -148,3 +148,17 @@ def test_what_does_not_fit_is_said_in_one_line():
         with pytest.raises(ValueError, match=message) as error:
             call()
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("spread", [1e-1, 1e-2, 1e-3])
+def test_clusters_of_nearly_equal_columns_keep_their_digits(spread):
+    correlation = 1 + spread * random(2, 256, 256).sigmoid()
+    correlation = correlation / correlation.sum(-1, keepdim=True)
+    ids = cluster(correlation, grid=(16, 16), rounds=1)
+    columns = correlation.double().transpose(1, 2) + 1e-5
+    rows = torch.arange(0, 16, 5)
+    anchors = columns[:, (rows[:, None] * 16 + rows).flatten()]
+    gap, ratio = (anchors[:, :, None] - columns[:, None]), anchors[:, :, None].log() - columns[:, None].log()
+    owner = (gap * ratio).sum(-1).argmin(1)
+    together = owner[:, :, None] == owner[:, None]
+    assert (together == (ids[:, :, None] == ids[:, None])).double().mean() > 0.99

@@ -124,3 +124,17 @@ def test_the_loop_keeps_the_ratio(tmp_path):
     train(model, loss, folder=tmp_path, schedule=schedule, optimizer=optimizer, after_step=watch)
     assert seen == [[2.5 * schedule(step), schedule(step), schedule(step)] for step in range(60)]
     assert losses[-1] < 0.2 * losses[0]
+
+
+def test_spectral_scaling_bounds_what_an_update_does_to_any_input():
+    model = nn.Sequential(nn.Conv2d(16, 8, 3), nn.Flatten(), nn.Linear(8, 32))
+    chosen = [model[0].weight, model[2].weight]  # 8 x 144, and more rows than columns: 32 x 8
+    optimizer = MuonAdamW(model, chosen, lr=0.01, decay=0.0, ratio=6.0, scaling="spectral")
+    before = [p.detach().clone() for p in chosen]
+    give_gradients(model, 0)
+    optimizer.step()
+    largest = [torch.linalg.matrix_norm((p.detach() - b).flatten(1), 2) for p, b in zip(chosen, before, strict=True)]
+    for found, rate in zip(largest, (0.06 * (8 / 144) ** 0.5, 0.06), strict=True):
+        assert 0.6 < found / rate < 1.3  # Muon's orthogonal matrices are not exactly so
+    rates = {group["ratio"] for group in optimizer.param_groups if "ratio" in group}
+    assert rates == {6.0 * (8 / 144) ** 0.5, 6.0 * (8 / 32) ** 0.5}

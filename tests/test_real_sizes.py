@@ -1,12 +1,7 @@
-"""Run ViT-B/16, with random weights, through the functions that the mini model runs through, at 320 px.
+"""Run ViT-B/16, with random weights, through the functions that the mini model runs through, at 320 px."""
 
-DICLIP_PHOTOS names a folder with photographs; without it a picture of MiniVOC stands in, as large as a photograph.
-"""
-
-import os
 import resource
 import time
-from pathlib import Path
 
 import open_clip
 import pytest
@@ -14,23 +9,12 @@ import torch
 
 from diclip.clip import DenseCLIP
 from diclip.data import Batch, squash
-from diclip.data.images import read_image
-from diclip.data.minivoc import render, scene_of
 from diclip.labels import pseudo_labels
 from diclip.methods.clip import PlainCLIP
 from diclip.settings import load_settings
 from diclip.vocabulary import Vocabulary
 
 WORDS = Vocabulary(("dog", "sofa", "person"), ("grass", "wall"))
-
-
-def photograph() -> tuple[str, torch.Tensor]:
-    folder = os.environ.get("DICLIP_PHOTOS")
-    found = sorted(Path(folder).glob("**/*.jpg")) if folder else []
-    if found:
-        return found[0].name, read_image(found[0])
-    drawn = render(scene_of("val", 0), scale=2.5)
-    return "a MiniVOC scene", torch.from_numpy(drawn.image).permute(2, 0, 1).float() / 255
 
 
 def peak() -> float:
@@ -45,11 +29,10 @@ def vit() -> DenseCLIP:
         return DenseCLIP(open_clip.create_model("ViT-B-16-quickgelu"), open_clip.get_tokenizer("ViT-B-16-quickgelu"))
 
 
-def test_vit_b_16_at_320_pixels(vit, record_property):
-    name, image = photograph()
-    size = (image.shape[1], image.shape[2])
+def test_vit_b_16_at_320_pixels(vit, photograph, record_property):
+    size = (photograph.shape[1], photograph.shape[2])
     tags = [torch.tensor([0, 2])]
-    batch = Batch([name], squash(image, 320)[None], tags, [None], [size])
+    batch = Batch(["photograph"], squash(photograph, 320)[None], tags, [None], [size])
     method = PlainCLIP(load_settings("voc"), vit, vocabulary=WORDS)
     before, start = peak(), time.perf_counter()
     found = dict(method.rungs(batch))
@@ -59,16 +42,14 @@ def test_vit_b_16_at_320_pixels(vit, record_property):
         assert maps.scores.shape == (2, 20, 20) and maps.scores.isfinite().all() and maps.scores.std() > 0
     (mask,) = pseudo_labels(found["caa"], [size])
     assert tuple(mask.shape) == size and set(mask.unique().tolist()) <= {0, 1, 3}
-    record_property("peak_mib", round(after))
-    record_property("seconds", round(seconds, 2))
-    what = f"ViT-B/16 on {name} ({size[1]}x{size[0]}) at 320 px: {seconds:.1f} s for three rungs"
-    print(f"\n{what}, peak {after:.0f} MiB, {after - before:.0f} MiB above the weights")
+    record_property("peak, MiB", round(after))
+    record_property("three rungs, s", round(seconds, 2))
     # Twelve blocks' attention is 12 x 401 x 401 floats, 7.4 MiB: no rung may keep it for each head or class.
     assert after - before < 600
 
 
-def test_every_block_at_320_pixels(vit):
-    image = squash(photograph()[1], 320)[None]
+def test_every_block_at_320_pixels(vit, photograph):
+    image = squash(photograph, 320)[None]
     encoded = vit.encode(image)
     assert vit.pooled_is_token and encoded.grid == (20, 20)
     assert encoded.tokens.shape == (12, 1, 401, 768) and encoded.attention.shape == (12, 1, 401, 401)

@@ -1,4 +1,5 @@
 import json
+import math
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis.extra.numpy import arrays
 from sklearn.metrics import confusion_matrix, jaccard_score, roc_auc_score
 
 from diclip.score import (
+    boundary_counts,
     class_rates,
     image_counts,
     interval,
@@ -203,3 +205,26 @@ def test_pair_auc_is_within_images():
     np.testing.assert_allclose(scaled, counts)
     found = interval(counts, generator=random, metric=mean)
     assert 0.5 < found.low <= found.value <= found.high <= 1
+
+
+def slow_band(region: np.ndarray, reach: int) -> np.ndarray:
+    """Return the pixels of a region from which a square of that reach leaves it or the picture."""
+    padded = np.pad(region, reach)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (2 * reach + 1, 2 * reach + 1))
+    return region & ~windows.all((2, 3))
+
+
+def test_boundary_counts_are_those_of_bands_drawn_pixel_by_pixel():
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randint(0, 4, (2, 6, 7), generator=generator)
+    prediction, target = (x.repeat_interleave(9, 0).repeat_interleave(8, 1) for x in coarse)
+    target = torch.where(torch.rand(target.shape, generator=generator) < 0.002, 255, target)
+    found = boundary_counts(prediction, target, num_classes=4, width=0.04)
+    known, reach = (target != 255).numpy(), round(0.04 * math.hypot(*target.shape))
+    assert reach == 3
+    for label in range(5):
+        bands = [slow_band((x.numpy() == label) & known, reach) for x in (prediction, target)]
+        assert found[label].tolist() == [(bands[0] & bands[1]).sum(), bands[0].sum(), bands[1].sum()]
+    assert found[:4, 1:].min() > 0 and not found[4].any()
+    shifted = boundary_counts(prediction.roll(2, 1), target, num_classes=4)
+    assert miou(shifted) < miou(boundary_counts(target.clamp_max(3), target, num_classes=4)) == 100

@@ -12,11 +12,19 @@ from diclip.runs import pick_device
 from diclip.settings import Settings
 
 
-class Method(Protocol):
+class Rungs(Protocol):
+    """What yields maps of a batch by name, in order; `restretch` is how labels are made (`diclip.labels.upsample`)."""
+
+    restretch: bool
+
+    def rungs(self, batch: Batch) -> Iterator[tuple[str, Maps]]: ...
+
+
+class Method(Rungs, Protocol):
     """A system: `rungs` yields its raw map, then each refinement of it, by name and in order.
 
     After these it yields what it is to be compared with, and, if the settings say `ablate`, itself without each
-    of its parts. `restretch` tells how its labels are made (`diclip.labels.upsample`).
+    of its parts.
     """
 
     clip: DenseCLIP
@@ -24,9 +32,6 @@ class Method(Protocol):
     refined: tuple[str, ...]
     baselines: tuple[str, ...]
     ablations: tuple[str, ...]
-    restretch: bool
-
-    def rungs(self, batch: Batch) -> Iterator[tuple[str, Maps]]: ...
 
 
 def build_method(settings: Settings, clip: DenseCLIP | None = None) -> Method:

@@ -84,18 +84,24 @@ class DiCLIP(PlainCLIP):
         return Seen(plain, self.clip.encode(batch.images, bias=bias, **how, need_attention=False), fine, fine_grid)
 
     def correlation(self, batch: Batch) -> tuple[Tensor, Tensor, tuple[int, int]]:
-        """Return the refined correlation (B, N, N) on CLIP's grid, the fine attention (B, M, M), and its grid.
+        """Return the correlation (B, N, N) that biases CLIP, the fine attention (B, M, M), and its grid."""
+        coarse, fine, fine_grid = self.walked(batch)
+        if self.settings.correlation == "colour":
+            coarse = self.walked_colours(batch)
+        return self.clustered(coarse, batch), fine, fine_grid
 
-        Both are averages over the settings' timesteps and draws of noise.
+    def walked(self, batch: Batch, *, diffusion: Diffusion | None = None) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """Return what a diffusion model (the system's own) says before clustering, as `correlation` does.
+
+        Both are averages over the settings' timesteps and draws of noise, on CLIP's device.
         """
-        settings = self.settings
-        grid = tuple(side // patch for side, patch in zip(batch.images.shape[2:], self.clip.patch_size, strict=True))
+        settings, diffusion = self.settings, diffusion or self.diffusion
         noise = [image_generator(settings.seed, name) for name in batch.names]
-        latents = self.diffusion.encode(batch.images)
+        latents = diffusion.encode(batch.images)
         draws = list(product(settings.diffusion_timesteps, range(settings.diffusion_draws)))
         coarse = fine = 0
         for timestep, _ in draws:
-            taps = self.diffusion.capture(
+            taps = diffusion.capture(
                 batch.images,
                 latents=latents,
                 timestep=timestep,
@@ -105,26 +111,31 @@ class DiCLIP(PlainCLIP):
                 generator=noise,
                 prompt=settings.diffusion_prompt,
             )
-            if settings.correlation == "diffusion":
-                q, k, source = taps.coarse_q, taps.coarse_k, taps.coarse_grid
-                found = correlate(
-                    q,
-                    k,
-                    source=source,
-                    grid=grid,
-                    heads=settings.coarse_heads,
-                    threshold=settings.correlation_threshold,
-                )
-                coarse = coarse + found / len(draws)
-            fine = fine + taps.fine / len(draws)
-        if settings.correlation == "colour":
-            affinity = colour_texture_affinity(batch.images, grid)
-            coarse = walk(
-                torch.stack([affinity] * len(settings.coarse_heads), 1), threshold=settings.correlation_threshold
+            step = correlate(
+                taps.coarse_q,
+                taps.coarse_k,
+                source=taps.coarse_grid,
+                grid=self.grid(batch),
+                heads=settings.coarse_heads,
+                threshold=settings.correlation_threshold,
             )
-        if settings.acr:
-            coarse = acr(coarse, cluster(coarse, grid=grid))
+            coarse, fine = coarse + step / len(draws), fine + taps.fine / len(draws)
         return coarse.to(self.clip.device), fine.to(self.clip.device), taps.fine_grid
+
+    def walked_colours(self, batch: Batch) -> Tensor:
+        """Return the same walk along colour and texture, the null of the diffusion's correlation: (B, N, N)."""
+        affinity = colour_texture_affinity(batch.images, self.grid(batch))
+        heads = torch.stack([affinity] * len(self.settings.coarse_heads), 1)
+        return walk(heads, threshold=self.settings.correlation_threshold).to(self.clip.device)
+
+    def clustered(self, correlation: Tensor, batch: Batch) -> Tensor:
+        """Even a correlation out by clusters, if the settings say so."""
+        return acr(correlation, cluster(correlation, grid=self.grid(batch))) if self.settings.acr else correlation
+
+    def grid(self, batch: Batch) -> tuple[int, int]:
+        """Return CLIP's patches down and across."""
+        (height, width), (down, across) = batch.images.shape[2:], self.clip.patch_size
+        return height // down, width // across
 
     def map(self, seen: Seen, batch: Batch, *, without: Collection[str] = ()) -> Maps:
         """Make the class maps of a batch with all parts but some of `PARTS`."""
@@ -134,15 +145,15 @@ class DiCLIP(PlainCLIP):
             cam = self.remember(encoded, cam)
         return self.refine(pack(cam, batch.tags), seen, without=without)
 
-    def remember(self, encoded: Encoded, cam: Tensor) -> Tensor:
-        """Add what the memory retrieves to class maps (B, C, h, w)."""
-        settings = self.settings
-        if self.memory is None:
+    def remember(self, encoded: Encoded, cam: Tensor, *, memory: Memory | None = None) -> Tensor:
+        """Add what a memory (the system's own) retrieves to class maps (B, C, h, w)."""
+        settings, memory = self.settings, memory or self.memory
+        if memory is None:
             raise ValueError("there is no memory to retrieve from: build one with `diclip memory`")
         found = retrieve(
             encoded.patches,
             encoded.pooled,
-            self.memory,
+            memory,
             self.texts,
             pooled_is_token=self.clip.pooled_is_token,
             norm_dim=settings.norm_dim,

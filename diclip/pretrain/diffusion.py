@@ -211,7 +211,7 @@ def pretrain_diffusion(
     tokenizer = CLIPTokenizer.from_pretrained(build_tokenizer(folder / "tokenizer"))
     now = Denoiser(build_unet(), build_text_encoder(len(tokenizer))).to(device)
     model = nn.ModuleDict({"now": now, "average": AveragedModel(now, multi_avg_fn=average).requires_grad_(False)})
-    optimizer = MuonAdamW(now, inner_matrices(now), lr=learning_rate, decay=0.05)
+    optimizer = MuonAdamW(now, inner_matrices(now), lr=learning_rate, decay=0.05, ratio=6.0, scaling="spectral")
     scheduler = build_scheduler()
     context = {"padding": "max_length", "max_length": CONTEXT_LENGTH, "truncation": True, "return_tensors": "pt"}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -23,23 +23,38 @@ class MuonAdamW:
 
     Muon (Jordan et al., 2024) makes the update of a matrix orthogonal: a mini CLIP needs a third of the steps.
     Kernels of convolutions count as matrices of one row an output channel. `ratio` is Muon's learning rate over
-    AdamW's, after the scaling that gives both updates the same root mean square (Liu et al., 2025); a schedule
-    multiplies by a group's `ratio` where it has one.
+    AdamW's; a schedule multiplies by a group's `ratio` where it has one. `scaling` says what that rate is of:
+
+    - "rms": an update's root mean square is a fifth of it, as AdamW's is about (Liu et al., 2025);
+    - "spectral": its largest singular value is it, times the root of rows over columns where that is below 1
+      (Bernstein, 2025). Kernels have many columns, which all carry a part of the same mean activation; with "rms"
+      their outputs become constants within a few hundred steps, and the inner levels of a U-Net die.
     """
 
     def __init__(
-        self, model: nn.Module, inside: Iterable[nn.Parameter], *, lr: float, decay: float = 0.1, ratio: float = 3.0
+        self,
+        model: nn.Module,
+        inside: Iterable[nn.Parameter],
+        *,
+        lr: float,
+        decay: float = 0.1,
+        ratio: float = 3.0,
+        scaling: Literal["rms", "spectral"] = "rms",
     ) -> None:
         self.inside = list(inside)
         self.matrices = [nn.Parameter(p.detach().flatten(1)) for p in self.inside]  # views: they share the memory
         assert all(m.data_ptr() == p.data_ptr() for m, p in zip(self.matrices, self.inside, strict=True))
         taken = {id(p) for p in self.inside}
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
+        groups: dict[float, list[nn.Parameter]] = {}
+        for matrix in self.matrices:  # torch's "original" takes care of matrices with more rows than columns
+            part = 1.0 if scaling == "rms" else (min(matrix.shape) / max(matrix.shape)) ** 0.5
+            groups.setdefault(ratio * part, []).append(matrix)
         self.muon = torch.optim.Muon(
-            [{"params": self.matrices, "ratio": ratio}],
+            [{"params": own, "ratio": each, "lr": lr * each} for each, own in groups.items()],
             lr=lr * ratio,
             weight_decay=decay / ratio,
-            adjust_lr_fn="match_rms_adamw",
+            adjust_lr_fn="match_rms_adamw" if scaling == "rms" else "original",
         )
         self.adamw = torch.optim.AdamW(parameter_groups(rest, decay), lr=lr, betas=(0.9, 0.98))
 

@@ -1,0 +1,196 @@
+"""Measure each idea against the simplest things that could explain it: what `diclip effects` does.
+
+Whatever a null can choose (how strong it is, which block it reads) is chosen for it on `tune`, as it is for the idea.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diclip.baselines import colour_texture_affinity
+from diclip.data import Batch, open_dataset
+from diclip.difficulty import part_ids, same_object_auc
+from diclip.evaluate import Progress, count_grabcut, loader, silent, swept, tune_sweeps
+from diclip.labels import pseudo_labels
+from diclip.methods import build_method
+from diclip.methods.diclip import DiCLIP
+from diclip.nulls import NULLS, RAW, Beside, shuffled, untrained
+from diclip.score import Metric, boundary_counts, image_counts, mean, miou, paired_interval, part_counts
+from diclip.settings import Settings
+
+Counted = NDArray[Any]
+PARTS = ("intra", "vce", "vce colour", "vce place")
+BOUNDARIES = ("tsa", "caa", "rar", "clip caa", "clip rar")
+
+
+def measure_effects(settings: Settings, progress: Progress = silent) -> dict[str, dict[str, Any]]:
+    """Return for each idea what it is worth on the settings' split, ready for JSON.
+
+    An effect holds `metric`, its value `with` the idea, `without` it and at its strongest `null`, the 95 % paired
+    bootstrap `interval` of with minus null (without a null: minus without), every null by name in `nulls`, and of
+    what it was measured. Raises ValueError for a dataset without parts and objects, and what `build_method` raises.
+    """
+    if settings.dataset != "minivoc":
+        raise ValueError(
+            f"dataset is {settings.dataset!r}, expected minivoc: effects need its masks of parts and objects"
+        )
+    settings = settings.model_copy(update={"method": "diclip"})
+    method = build_method(settings)
+    assert isinstance(method, DiCLIP)
+    beside = Beside(
+        method, untrained(method.diffusion, seed=settings.seed), shuffled(method.memory, seed=settings.seed)
+    )
+    background = tune_nulls(settings, beside, progress)
+    scored, parts, boundaries, tags = count(settings, beside, background, progress)
+    scored["grabcut"] = count_grabcut(settings, progress)
+    about = {"split": settings.split, "images": len(tags), "seed": settings.seed, "unit": "per cent"}
+
+    def effect(
+        metric: str, found: Mapping[str, Counted], *names: str, value: Metric = miou, **more: Any
+    ) -> dict[str, Any]:
+        chosen = {name: found[name] for name in names}
+        return compare(metric, chosen, value=value, seed=settings.seed) | about | more
+
+    several = {name: counts[tags > 1] for name, counts in scored.items()}
+    vce = ("vce", "intra", "vce colour", "vce place", "vce untrained")
+    strengths = {"strengths": {"vce": settings.bias_strength} | {k: v[0] for k, v in beside.strengths.items()}}
+    recall = {f"{name} {part}": parts[name][:, index] for name in PARTS for index, part in enumerate(("part", "body"))}
+    effects = {
+        "intra-correlation": effect("mIoU of raw maps", scored, "intra", "clip", "identity"),
+        "visual correlation enhancement": effect("mIoU of raw maps", scored, *vce, **strengths),
+        "the same at its published strength": effect("mIoU of raw maps", scored, "vce published", "intra"),
+        "the same in scenes of several tags": effect("mIoU of raw maps", several, *vce, images=int((tags > 1).sum())),
+        "attention clustering refinement": effect("mIoU of raw maps", scored, "vce", "vce no clusters"),
+        "key-value memory": effect("mIoU of raw maps", scored, "tsa", "vce", "tsa shuffled"),
+        "class-aware affinity": effect("mIoU, one minus max", scored, "caa", "tsa at 1 - max", "clip caa"),
+        "recursive affinity refinement": effect("mIoU, one minus max", scored, "rar", "caa", "clip rar", "grabcut"),
+    }
+    for part in ("part", "body"):
+        names = [f"{name} {part}" for name in ("vce", "intra", "vce colour", "vce place")]
+        effects[f"partial activation: recall on the {part}"] = effect("recall of pixels", recall, *names, value=share)
+    for name, before in (("class-aware affinity", "tsa"), ("recursive affinity refinement", "caa")):
+        own = "caa" if before == "tsa" else "rar"
+        effects[f"{name}: boundaries"] = effect("boundary IoU", boundaries, own, before, f"clip {own}")
+    return effects | knowledge(settings, beside, about, progress)
+
+
+def share(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the mean of counts (..., 2) in per cent."""
+    return 100 * mean(counts)
+
+
+def compare(metric: str, found: Mapping[str, Counted], *, value: Metric, seed: int) -> dict[str, Any]:
+    """Lay out one effect; `found` names counts: first with the idea, then without it, then those of nulls."""
+    (_, own), (without, before), *nulls = found.items()
+
+    def single(counts: Counted) -> float:
+        return float(value(counts.sum(0).astype(float)[None])[0])
+
+    def gain(base: Counted) -> list[float]:
+        spread = paired_interval(base, own, generator=np.random.default_rng(seed), metric=value)
+        return [round(spread.low, 2), round(spread.high, 2)]
+
+    others = {name: {"value": round(single(x), 2), "interval": gain(x)} for name, x in nulls}
+    strongest = max(others, key=lambda name: others[name]["value"], default=None)
+    return {
+        "metric": metric,
+        "with": round(single(own), 2),
+        "without": round(single(before), 2),
+        "without_is": without,
+        "null": others[strongest]["value"] if strongest else None,
+        "null_is": strongest,
+        "interval": others[strongest]["interval"] if strongest else gain(before),
+        "over_without": gain(before),
+        "nulls": others,
+    }
+
+
+def tune_nulls(settings: Settings, beside: Beside, progress: Progress = silent) -> dict[str, float]:
+    """Leave each null its best strength on `tune`, in `beside`, and return each map's best background there."""
+    found = {name: (sweep, swept(sweep)) for name, sweep in tune_sweeps(settings, beside, progress).items()}
+    for null in NULLS:
+        best = max(beside.strengths[null], key=lambda strength: found[beside.title(null, strength)][1].max())
+        found[f"vce {null}"] = found[beside.title(null, best)]
+        beside.strengths[null] = (best,)
+    return {name: round(float(sweep.scores[int(score.argmax())]), 4) for name, (sweep, score) in found.items()}
+
+
+def count(
+    settings: Settings, beside: Beside, background: Mapping[str, float], progress: Progress = silent
+) -> tuple[dict[str, Counted], dict[str, Counted], dict[str, Counted], NDArray[np.int64]]:
+    """Count all maps on the settings' split: pixels, pixels of part and body, pixels near boundaries, and tags."""
+    dataset = open_dataset(settings)
+    kinds: tuple[dict[str, list[Counted]], ...] = ({}, {}, {})
+    tags = []
+    for batch in progress(loader(dataset, settings), desc=f"nulls on {settings.split}"):
+        tags += [len(each) for each in batch.tags]
+        parts = [part_ids(dataset, name) for name in batch.names]
+        for name, maps in beside.rungs(batch):
+            rules = [(name, "fixed" if name in RAW else "one_minus_max")]
+            rules += [("tsa at 1 - max", "one_minus_max")] if name == "tsa" else []
+            for title, rule in rules:
+                masks = pseudo_labels(maps, batch.sizes, rule=rule, score=background[name], restretch=beside.restretch)
+                pairs = list(zip(masks, batch.masks, parts, strict=True))
+                classes = {"num_classes": len(dataset.class_names)}
+                kinds[0].setdefault(title, []).extend(image_counts(m, t, **classes) for m, t, _ in pairs)
+                if title in PARTS:
+                    kinds[1].setdefault(title, []).extend(part_counts(*pair) for pair in pairs)
+                if title in BOUNDARIES and rule == "one_minus_max" or title == "tsa at 1 - max":
+                    near = [boundary_counts(m, t, **classes) for m, t, _ in pairs]
+                    kinds[2].setdefault(title.removesuffix(" at 1 - max"), []).extend(near)
+    scored, parts, boundaries = ({name: np.stack(counts) for name, counts in kind.items()} for kind in kinds)
+    return scored, parts, boundaries, np.array(tags)
+
+
+def knowledge(settings: Settings, beside: Beside, about: dict[str, Any], progress: Progress = silent) -> dict[str, Any]:
+    """Measure what the correlation knows of objects, and how patches of CLIP grow alike."""
+    method = beside.method
+    tune = settings.model_copy(update={"split": settings.tune_split, "limit": 0})
+
+    def attention(block: int) -> Callable[[Batch], Tensor]:
+        return lambda batch: method.clip.encode(batch.images, tokens=None).attention[block][:, 1:, 1:]
+
+    blocks = range(len(method.clip.blocks))
+    scores = [float(mean(same_object_auc(tune, attention(block), progress).sum(0))) for block in blocks]
+    sources = {
+        "diffusion": lambda batch: method.walked(batch)[0],
+        "diffusion, clustered": lambda batch: method.clustered(method.walked(batch)[0], batch),
+        "untrained": lambda batch: method.walked(batch, diffusion=beside.untrained)[0],
+        "untrained, clustered": lambda batch: beside.biases(batch, method.walked(batch)[0])["untrained"],
+        "colour": lambda batch: colour_texture_affinity(batch.images, method.grid(batch)),
+        "CLIP's q-k": attention(int(np.argmax(scores))),
+    }
+    auc = {name: same_object_auc(settings, source, progress) for name, source in sources.items()}
+    seen = {name: float(mean(same_object_auc(tune, sources[name], progress).sum(0))) for name in list(sources)[:2]}
+    own = max(seen, key=seen.__getitem__)
+    nulls = {name: counts for name, counts in auc.items() if name not in seen}
+    alike = smoothness(settings, method, progress)
+    both = {"diffusion, clustered": auc["diffusion, clustered"], "diffusion": auc["diffusion"]}
+    how = {"value": share, "seed": settings.seed}
+    return {
+        "diffusion correlation": compare("AUC of same object", {own: auc[own], **both, **nulls}, **how)
+        | about
+        | {"is": own, "CLIP's block": int(np.argmax(scores))},
+        "attention clustering refinement: objects": compare("AUC of same object", both, **how) | about,
+        "over-smoothing": compare("cosine of patch tokens", {"last block": alike[:, -1], "first": alike[:, 0]}, **how)
+        | about,
+    }
+
+
+def smoothness(settings: Settings, method: DiCLIP, progress: Progress = silent) -> NDArray[np.float64]:
+    """Count how alike patches are after each block, (images, blocks, 2): mean cosine over pairs, and 1."""
+    found = []
+    for batch in progress(loader(open_dataset(settings), settings), desc="likeness of patches"):
+        tokens = method.clip.encode(batch.images, need_attention=False).tokens[:, :, 1:]  # (L, B, N, D)
+        unit = F.normalize(tokens, dim=-1)
+        n = unit.shape[2]
+        cosine = (unit.sum(2).square().sum(-1) - n) / (n * (n - 1))  # (L, B), pairs of two
+        found.append(torch.stack([cosine.T, torch.ones_like(cosine.T)], -1).cpu().double().numpy())
+    return np.concatenate(found)

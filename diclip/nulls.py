@@ -1,0 +1,110 @@
+"""Make DiCLIP's maps beside those of its nulls: something simple in the place of each of its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diclip.baselines import place_affinity
+from diclip.cam import Maps, pack
+from diclip.clip import Encoded
+from diclip.data import Batch
+from diclip.diffusion import Diffusion
+from diclip.memory import Memory
+from diclip.methods.diclip import DiCLIP, Seen
+
+STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0)  # of a bias, tried for each null
+NULLS = ("colour", "place", "untrained", "no clusters")
+RAW = ("clip", "intra", "identity", "vce", "vce published", *(f"vce {name}" for name in NULLS), "tsa", "tsa shuffled")
+REFINED = ("caa", "rar", "clip caa", "clip rar")
+
+
+def untrained(diffusion: Diffusion, *, seed: int) -> Diffusion:
+    """Return a diffusion model like another, whose U-Net has learned nothing."""
+    parts = dict(diffusion.pipeline.components)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        parts["unet"] = (
+            type(diffusion.unet).from_config(diffusion.unet.config).to(diffusion.device, diffusion.unet.dtype)
+        )
+    return Diffusion(type(diffusion.pipeline)(**parts, requires_safety_checker=False))
+
+
+def shuffled(memory: Memory, *, seed: int) -> Memory:
+    """Return a memory whose keys of each class stand for another class; the background's stay."""
+    count = len(memory.classes)
+    order = np.random.default_rng(seed).permutation(count)
+    owner = np.empty(count, int)
+    owner[order] = np.roll(order, 1)  # a single cycle: no class keeps its own
+    return Memory(memory.keys, memory.values[:, [0, *(1 + owner)]], memory.classes)
+
+
+class Beside:
+    """Yield DiCLIP's maps and those of its nulls on a batch, by name: `RAW` before any refinement, then `REFINED`.
+
+    A null's bias comes at each of its `strengths`, and is named without it where there is one.
+    """
+
+    restretch = DiCLIP.restretch
+
+    def __init__(self, method: DiCLIP, untrained: Diffusion, shuffled: Memory) -> None:
+        self.method, self.untrained, self.shuffled = method, untrained, shuffled
+        self.strengths = dict.fromkeys(NULLS, STRENGTHS)
+
+    def title(self, null: str, strength: float) -> str:
+        """Name the map of a null at a strength."""
+        return f"vce {null}" if len(self.strengths[null]) == 1 else f"vce {null} x {strength}"
+
+    def rungs(self, batch: Batch) -> Iterator[tuple[str, Maps]]:
+        """Yield all maps; the two frozen models run once a batch and bias."""
+        method = self.method
+        coarse, fine, fine_grid = method.walked(batch)
+        clustered = method.clustered(coarse, batch)
+        plain = self.encode(batch)
+        seen = Seen(plain, self.encode(batch, method.settings.bias_strength * clustered), fine, fine_grid)
+        clip = pack(method.cam(plain.plain_patches, plain.pooled, plain.grid), batch.tags)
+        yield "clip", clip
+        yield "intra", self.map(plain, batch)
+        yield "identity", self.map(self.encode(batch, attention="identity"), batch)
+        yield "vce", self.map(seen.biased, batch)
+        yield "vce published", self.map(self.encode(batch, clustered), batch)
+        for null, bias in self.biases(batch, coarse).items():
+            for strength in self.strengths[null]:
+                yield self.title(null, strength), self.map(self.encode(batch, strength * bias), batch)
+        tsa = method.map(seen, batch, without=("caa", "rar"))
+        yield "tsa", tsa
+        cam = method.cam(seen.biased.patches, seen.biased.pooled, seen.biased.grid)
+        yield "tsa shuffled", pack(method.remember(seen.biased, cam, memory=self.shuffled), batch.tags)
+        for name, maps in (("", tsa), ("clip ", clip)):
+            spread = method.refine(maps, seen, without=("rar",))
+            yield f"{name}caa", spread
+            yield f"{name}rar", method.refine(spread, seen, without=("caa",))
+
+    def biases(self, batch: Batch, coarse: Tensor) -> dict[str, Tensor]:
+        """Return what stands in the place of the clustered correlation, each (B, N, N)."""
+        method = self.method
+        return {
+            "colour": method.clustered(method.walked_colours(batch), batch),
+            "place": place_affinity(method.grid(batch)).expand(len(batch), -1, -1).to(coarse),
+            "untrained": method.clustered(method.walked(batch, diffusion=self.untrained)[0], batch),
+            "no clusters": coarse,
+        }
+
+    def encode(self, batch: Batch, bias: Tensor | None = None, *, attention: str | None = None) -> Encoded:
+        """Run CLIP with the settings' surgery; its attention is kept where there is no bias."""
+        settings = self.method.settings
+        return self.method.clip.encode(
+            batch.images,
+            attention=attention or settings.attention,
+            surgery_blocks=settings.surgery_blocks,
+            bias=bias,
+            tokens=None,
+            need_attention=bias is None,
+        )
+
+    def map(self, encoded: Encoded, batch: Batch) -> Maps:
+        """Score the surgery path's patches against the texts."""
+        return pack(self.method.cam(encoded.patches, encoded.pooled, encoded.grid), batch.tags)
