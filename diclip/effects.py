@@ -15,15 +15,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diclip.baselines import colour_texture_affinity
-from diclip.data import Batch, open_dataset
+from diclip.data import Batch, minivoc, open_dataset, squash
+from diclip.data.minivoc.backgrounds import COMPANION, PLACES
 from diclip.difficulty import part_ids, same_object_auc
 from diclip.evaluate import Progress, count_grabcut, loader, silent, swept, tune_sweeps
 from diclip.labels import pseudo_labels
 from diclip.methods import build_method
+from diclip.methods.clip import PlainCLIP
 from diclip.methods.diclip import DiCLIP
 from diclip.nulls import NULLS, RAW, Beside, shuffled, untrained
+from diclip.remember import remember_crops
 from diclip.score import Metric, boundary_counts, image_counts, mean, miou, paired_interval, part_counts
 from diclip.settings import Settings
+from diclip.vocabulary import Vocabulary
 
 Counted = NDArray[Any]
 PARTS = ("intra", "vce", "vce colour", "vce place")
@@ -44,9 +48,11 @@ def measure_effects(settings: Settings, progress: Progress = silent) -> dict[str
     settings = settings.model_copy(update={"method": "diclip"})
     method = build_method(settings)
     assert isinstance(method, DiCLIP)
-    beside = Beside(
-        method, untrained(method.diffusion, seed=settings.seed), shuffled(method.memory, seed=settings.seed)
-    )
+    memories = {
+        "shuffled": shuffled(method.memory, seed=settings.seed),
+        "true crops": remember_crops(method, progress=progress),
+    }
+    beside = Beside(method, untrained(method.diffusion, seed=settings.seed), memories)
     background = tune_nulls(settings, beside, progress)
     scored, parts, boundaries, tags = count(settings, beside, background, progress)
     scored["grabcut"] = count_grabcut(settings, progress)
@@ -78,7 +84,13 @@ def measure_effects(settings: Settings, progress: Progress = silent) -> dict[str
     for name, before in (("class-aware affinity", "tsa"), ("recursive affinity refinement", "caa")):
         own = "caa" if before == "tsa" else "rar"
         effects[f"{name}: boundaries"] = effect("boundary IoU", boundaries, own, before, f"clip {own}")
-    return effects | knowledge(settings, beside, about, progress)
+    ceiling = effect("mIoU of raw maps", scored, "tsa true crops", "vce")
+    effects["key-value memory"]["ceiling"] = {"value": ceiling["with"], "over_without": ceiling["over_without"]}
+    return (
+        effects
+        | co_occurrence(settings, method, background["intra"], progress)
+        | knowledge(settings, beside, about, progress)
+    )
 
 
 def share(counts: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -147,6 +159,47 @@ def count(
                     kinds[2].setdefault(title.removesuffix(" at 1 - max"), []).extend(near)
     scored, parts, boundaries = ({name: np.stack(counts) for name, counts in kind.items()} for kind in kinds)
     return scored, parts, boundaries, np.array(tags)
+
+
+def co_occurrence(
+    settings: Settings, method: DiCLIP, background: float, progress: Progress = silent, *, scenes: int = 300
+) -> dict[str, Any]:
+    """Measure how much of a background is taken for an object on a class's companion place and on another.
+
+    The first scenes of the settings' split are drawn again on both, everything else alike; with the background words
+    in the texts and without. Maps are those of `intra` with its background score of `tune`.
+    """
+    count = min(scenes, len(open_dataset(settings, masks=False)))
+    systems = {
+        "": PlainCLIP(settings, method.clip),
+        ", no background words": PlainCLIP(
+            settings, method.clip, vocabulary=Vocabulary(method.vocabulary.classes, (), settings.template)
+        ),
+    }
+    wrong: dict[str, dict[str, list[Counted]]] = {name: {} for name in systems}
+    for index in progress(range(count), desc="scenes on two places"):
+        scene = minivoc.scene_of(settings.split, index, seed=settings.minivoc_seed)
+        companion = COMPANION[scene.tags[0]]
+        other = np.random.default_rng([settings.seed, index]).choice([p for p in PLACES if p != companion])
+        for kind, place in (("companion place", companion), ("another place", str(other))):
+            drawn = minivoc.render(minivoc.on_place(scene, place))
+            image = torch.from_numpy(drawn.image).permute(2, 0, 1).float() / 255
+            tags = torch.tensor(method.vocabulary.indices(scene.tags))
+            batch = Batch(
+                [str(index)], squash(image, settings.image_size)[None], [tags], [None], [tuple(image.shape[1:])]
+            )
+            empty = torch.from_numpy(drawn.classes == 0)
+            for name, system in systems.items():
+                maps = dict(system.rungs(batch))["intra"]
+                (mask,) = pseudo_labels(maps, batch.sizes, rule="fixed", score=background)
+                found = np.array([int((mask[empty] > 0).sum()), int(empty.sum())])
+                wrong[name].setdefault(kind, []).append(found)
+    counts = {name: {kind: np.stack(found) for kind, found in kinds.items()} for name, kinds in wrong.items()}
+    return {
+        f"co-occurrence{name}": compare("background taken for an object", kinds, value=share, seed=settings.seed)
+        | {"split": settings.split, "images": count, "seed": settings.seed, "unit": "per cent"}
+        for name, kinds in counts.items()
+    }
 
 
 def knowledge(settings: Settings, beside: Beside, about: dict[str, Any], progress: Progress = silent) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -18,7 +18,17 @@ from diclip.methods.diclip import DiCLIP, Seen
 
 STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0)  # of a bias, tried for each null
 NULLS = ("colour", "place", "untrained", "no clusters")
-RAW = ("clip", "intra", "identity", "vce", "vce published", *(f"vce {name}" for name in NULLS), "tsa", "tsa shuffled")
+RAW = (
+    "clip",
+    "intra",
+    "identity",
+    "vce",
+    "vce published",
+    *(f"vce {name}" for name in NULLS),
+    "tsa",
+    "tsa shuffled",
+    "tsa true crops",
+)
 REFINED = ("caa", "rar", "clip caa", "clip rar")
 
 
@@ -27,9 +37,8 @@ def untrained(diffusion: Diffusion, *, seed: int) -> Diffusion:
     parts = dict(diffusion.pipeline.components)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        parts["unet"] = (
-            type(diffusion.unet).from_config(diffusion.unet.config).to(diffusion.device, diffusion.unet.dtype)
-        )
+        unet = type(diffusion.unet).from_config(diffusion.unet.config)
+    parts["unet"] = torch.nn.Module.to(unet, diffusion.device, diffusion.unet.dtype)
     return Diffusion(type(diffusion.pipeline)(**parts, requires_safety_checker=False))
 
 
@@ -45,13 +54,14 @@ def shuffled(memory: Memory, *, seed: int) -> Memory:
 class Beside:
     """Yield DiCLIP's maps and those of its nulls on a batch, by name: `RAW` before any refinement, then `REFINED`.
 
-    A null's bias comes at each of its `strengths`, and is named without it where there is one.
+    `memories` stand in the place of the method's own. A null's bias comes at each of its `strengths`, and is named
+    without it where there is one.
     """
 
     restretch = DiCLIP.restretch
 
-    def __init__(self, method: DiCLIP, untrained: Diffusion, shuffled: Memory) -> None:
-        self.method, self.untrained, self.shuffled = method, untrained, shuffled
+    def __init__(self, method: DiCLIP, untrained: Diffusion, memories: Mapping[str, Memory]) -> None:
+        self.method, self.untrained, self.memories = method, untrained, memories
         self.strengths = dict.fromkeys(NULLS, STRENGTHS)
 
     def title(self, null: str, strength: float) -> str:
@@ -77,7 +87,8 @@ class Beside:
         tsa = method.map(seen, batch, without=("caa", "rar"))
         yield "tsa", tsa
         cam = method.cam(seen.biased.patches, seen.biased.pooled, seen.biased.grid)
-        yield "tsa shuffled", pack(method.remember(seen.biased, cam, memory=self.shuffled), batch.tags)
+        for name, memory in self.memories.items():
+            yield f"tsa {name}", pack(method.remember(seen.biased, cam, memory=memory), batch.tags)
         for name, maps in (("", tsa), ("clip ", clip)):
             spread = method.refine(maps, seen, without=("rar",))
             yield f"{name}caa", spread

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diclip.cam import normalise
-from diclip.clip import load_clip
-from diclip.data import Batch
+from diclip.clip import Encoded, load_clip
+from diclip.data import Batch, open_dataset
 from diclip.diffusion import Diffusion, load_diffusion
-from diclip.evaluate import Progress, silent
+from diclip.evaluate import Progress, loader, silent
 from diclip.labels import pseudo_labels
 from diclip.memory import Memory, build_memory, pooled_keys
 from diclip.methods.diclip import DiCLIP
@@ -37,6 +38,12 @@ def generate_classes(
     return pictures
 
 
+def key_features(method: DiCLIP, encoded: Encoded) -> Tensor:
+    """Return the surgery path's patches (B, N, E), normalised as the memory's keys are."""
+    how = {"pooled_is_token": method.clip.pooled_is_token, "norm_dim": method.settings.norm_dim}
+    return normalise(encoded.patches, encoded.pooled, **how)[0]
+
+
 def class_keys(method: DiCLIP, pictures: Tensor, label: int, *, name: str) -> tuple[Tensor, Tensor]:
     """Return a key of the object (n, E) and one of the rest (m, E) for each picture of one class in which it is found.
 
@@ -51,16 +58,37 @@ def class_keys(method: DiCLIP, pictures: Tensor, label: int, *, name: str) -> tu
         batch = Batch([f"{name} {n}" for n in numbers], images, tags, [None] * len(images), [size] * len(images))
         seen = method.look(batch)
         masks = pseudo_labels(method.map(seen, batch, without=("tsa",)), batch.sizes, restretch=method.restretch)
-        patches, _ = normalise(
-            seen.biased.patches,
-            seen.biased.pooled,
-            pooled_is_token=method.clip.pooled_is_token,
-            norm_dim=settings.norm_dim,
-        )
-        foreground, background, valid = pooled_keys(patches, torch.stack(masks) > 0, grid=seen.biased.grid)
+        features = key_features(method, seen.biased)
+        foreground, background, valid = pooled_keys(features, torch.stack(masks) > 0, grid=seen.biased.grid)
         inside.append(foreground[valid[0]].cpu())
         outside.append(background[valid[1]].cpu())
     return torch.cat(inside), torch.cat(outside)
+
+
+def remember_crops(method: DiCLIP, *, progress: Progress = silent) -> Memory:
+    """Sum up the objects in `train`'s true masks to a memory: what generated pictures with true masks would give.
+
+    It is a ceiling to compare with, not a method: it learns from masks.
+    """
+    settings = method.settings.model_copy(update={"split": "train", "limit": 0, "shard_index": 0, "num_shards": 1})
+    foreground: dict[str, list[Tensor]] = {name: [] for name in method.vocabulary.classes}
+    background: list[Tensor] = []
+    for batch in progress(loader(open_dataset(settings), settings), desc="true objects"):
+        encoded = method.look(batch).biased
+        features = key_features(method, encoded)
+        for own, mask, tags in zip(features, batch.masks, batch.tags, strict=True):
+            mask = F.interpolate(mask[None, None].float(), batch.images.shape[2:], mode="nearest")[0, 0].to(own.device)
+            for label in (-1, *tags.tolist()):
+                key, _, valid = pooled_keys(own[None], (mask == label + 1)[None], grid=encoded.grid)
+                kept = background if label < 0 else foreground[method.vocabulary.classes[label]]
+                kept.append(key[valid[0]].cpu())
+    return build_memory(
+        {name: torch.cat([background[0][:0], *keys]) for name, keys in foreground.items()},
+        torch.cat(background),
+        per_class=settings.memory_per_class,
+        background_centres=settings.memory_background,
+        seed=settings.seed,
+    )
 
 
 def remember(method: DiCLIP, pictures: dict[str, Tensor], *, progress: Progress = silent) -> Memory:

@@ -12,6 +12,7 @@ from diclip.diffusion import load_diffusion
 from diclip.memory import Memory
 from diclip.methods import build_method
 from diclip.nulls import NULLS, RAW, REFINED, Beside, shuffled, untrained
+from diclip.remember import key_features, remember_crops
 from diclip.score import mean, paired_interval
 from diclip.settings import load_settings
 
@@ -26,7 +27,8 @@ def settings(tiny_world, tiny_clip, tiny_diffusion, tiny_memory):
 @pytest.fixture(scope="module")
 def beside(settings):
     method = build_method(settings)
-    return Beside(method, untrained(method.diffusion, seed=0), shuffled(method.memory, seed=0))
+    memories = {"shuffled": shuffled(method.memory, seed=0), "true crops": remember_crops(method)}
+    return Beside(method, untrained(method.diffusion, seed=0), memories)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def test_the_maps_of_diclip_are_its_own(beside, batch):
 
 
 def test_a_strength_multiplies_the_bias(settings, beside, batch):
-    one = Beside(beside.method, beside.untrained, beside.shuffled)
+    one = Beside(beside.method, beside.untrained, beside.memories)
     one.strengths = {**one.strengths, "no clusters": (3.0,)}
     found = dict(one.rungs(batch))
     method = beside.method
@@ -101,6 +103,9 @@ def test_the_table(settings, monkeypatch):
     assert found["visual correlation enhancement"]["strengths"]["vce"] == 3.0
     assert set(found["visual correlation enhancement"]["nulls"]) == {"vce colour", "vce place", "vce untrained"}
     assert found["key-value memory"]["without"] == found["visual correlation enhancement"]["with"]
+    assert {"value", "over_without"} == set(found["key-value memory"]["ceiling"])
+    for name in ("co-occurrence", "co-occurrence, no background words"):
+        assert 0 <= found[name]["with"] <= 100 and found[name]["without_is"] == "another place"
     assert 0 < found["diffusion correlation"]["with"] < 100 and len(found["diffusion correlation"]["nulls"]) == 4
 
 
@@ -117,3 +122,17 @@ def test_smoothness_is_one_for_equal_patches(settings, beside):
     cosine = torch.nn.functional.cosine_similarity(tokens[:, None], tokens[None], dim=-1)
     off = cosine[~torch.eye(len(tokens), dtype=torch.bool)]
     assert found[1, 2, 0] == pytest.approx(off.mean().item(), abs=1e-4)
+
+
+def test_a_memory_of_true_objects_holds_what_lies_inside_masks(settings, beside):
+    memory, method = beside.memories["true crops"], beside.method
+    train = settings.model_copy(update={"split": "train"})
+    (batch,) = batches(open_dataset(train), image_size=128, batch_size=4)
+    present = {1 + label for tags in batch.tags for label in tags.tolist()}
+    assert set(memory.values[:, 1:].any(0).nonzero()[:, 0].add(1).tolist()) == present
+    features = key_features(method, method.look(batch).biased)[0].unflatten(0, (16, 16))
+    mask = torch.nn.functional.interpolate(batch.masks[0][None, None].float(), (128, 128), mode="nearest")
+    mask = torch.nn.functional.interpolate(mask, (16, 16), mode="nearest")[0, 0]
+    for label in (0, *present):
+        key = memory.keys[memory.values[:, label] == 1]
+        torch.testing.assert_close(key[0], features[mask == label].mean(0), atol=1e-5, rtol=1e-4)
