@@ -104,5 +104,5 @@ def test_stable_diffusion_2_1_at_320_pixels(diffusion, photograph, record_proper
     assert mask.shape == (480, 320) and mask.unique().tolist() == [0, 4]
     record_property("VAE, U-Net and taps, s", round(seconds, 1))
     record_property("correlation, ACR and RAR, s", round(refined, 1))
-    record_property("peak, GiB", round(after, 2))
+    record_property("peak of its process, GiB", round(after, 2))
     assert after - before < 1

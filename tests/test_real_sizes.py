@@ -42,7 +42,7 @@ def test_vit_b_16_at_320_pixels(vit, photograph, record_property):
         assert maps.scores.shape == (2, 20, 20) and maps.scores.isfinite().all() and maps.scores.std() > 0
     (mask,) = pseudo_labels(found["caa"], [size])
     assert tuple(mask.shape) == size and set(mask.unique().tolist()) <= {0, 1, 3}
-    record_property("peak, MiB", round(after))
+    record_property("peak of its process, MiB", round(after))
     record_property("three rungs, s", round(seconds, 2))
     # Twelve blocks' attention is 12 x 401 x 401 floats, 7.4 MiB: no rung may keep it for each head or class.
     assert after - before < 600
