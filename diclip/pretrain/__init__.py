@@ -78,7 +78,7 @@ def watch_diffusion(settings: Settings, model: Path) -> dict[str, float]:
 
     from diclip.correlation import correlate
     from diclip.data import Batch
-    from diclip.difficulty import same_object_auc
+    from diclip.difficulty import PATCH, same_object_auc
     from diclip.diffusion import load_diffusion
     from diclip.methods.diclip import image_generator
     from diclip.runs import pick_device
@@ -86,6 +86,7 @@ def watch_diffusion(settings: Settings, model: Path) -> dict[str, float]:
 
     diffusion = load_diffusion(model, device=pick_device(settings.device))
     changed = settings.model_copy(update={"split": settings.tune_split, "limit": 0})
+    grid = (settings.image_size // PATCH,) * 2  # the mini CLIP's, whatever the layer's own is
 
     def correlation(batch: Batch) -> torch.Tensor:
         taps = diffusion.capture(
@@ -96,7 +97,6 @@ def watch_diffusion(settings: Settings, model: Path) -> dict[str, float]:
             generator=[image_generator(settings.seed, name) for name in batch.names],
             prompt=settings.diffusion_prompt,
         )
-        grid = (2 * taps.coarse_grid[0], 2 * taps.coarse_grid[1])
         q, k = taps.coarse_q, taps.coarse_k
         threshold = settings.correlation_threshold
         return correlate(q, k, source=taps.coarse_grid, grid=grid, heads=settings.coarse_heads, threshold=threshold)
