@@ -11,11 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def likeness(q: Tensor, k: Tensor, *, source: tuple[int, int], grid: tuple[int, int], heads: Sequence[int]) -> Tensor:
+def likeness(
+    q: Tensor,
+    k: Tensor,
+    *,
+    source: tuple[int, int],
+    grid: tuple[int, int],
+    heads: Sequence[int],
+    softmax: bool = False,
+) -> Tensor:
     """Compare each head's queries with its keys on another grid: (B, len(heads), N, N), query by key, float32.
 
     `q` and `k` (B, all heads, n, d) lie row by row on the grid `source` of n tokens and are resized,
-    bilinearly, to the N = h·w tokens of `grid`; then L = q kᵀ, without scale and softmax. `heads` counts from 0.
+    bilinearly, to the N = h·w tokens of `grid`; then L = q kᵀ, without scale and softmax (DiCLIP), or with both:
+    the attention's probabilities on that grid. `heads` counts from 0.
     Raises ValueError for shapes and heads that do not fit.
     """
     if q.ndim != 4 or q.shape != k.shape or q.shape[2] != prod(source):
@@ -29,7 +38,8 @@ def likeness(q: Tensor, k: Tensor, *, source: tuple[int, int], grid: tuple[int, 
         maps = F.interpolate(maps, size=tuple(grid), mode="bilinear", align_corners=False)
         return maps.flatten(2).unflatten(1, (len(heads), -1)).transpose(2, 3)  # (B, heads, N, d)
 
-    return resized(q) @ resized(k).transpose(2, 3)
+    like = resized(q) @ resized(k).transpose(2, 3)
+    return (like * q.shape[3] ** -0.5).softmax(-1) if softmax else like
 
 
 def correlate(
@@ -40,13 +50,14 @@ def correlate(
     grid: tuple[int, int],
     heads: Sequence[int],
     threshold: float = 0.2,
+    softmax: bool = False,
 ) -> Tensor:
     """Return the diffusion correlation D (B, N, N), float32, of a self-attention layer; rows sum to at most 1.
 
     It is the `walk` along the `likeness` of the chosen heads (DiCLIP, visual correlation enhancement, of heads 1
-    and 2). Of several draws of noise, average D. Raises ValueError for what does not fit.
+    and 2, without `softmax`). Of several draws of noise, average D. Raises ValueError for what does not fit.
     """
-    return walk(likeness(q, k, source=source, grid=grid, heads=heads), threshold=threshold)
+    return walk(likeness(q, k, source=source, grid=grid, heads=heads, softmax=softmax), threshold=threshold)
 
 
 def walk(like: Tensor, *, threshold: float = 0.2) -> Tensor:

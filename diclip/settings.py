@@ -103,6 +103,7 @@ class Settings(BaseModel):
     )
     fine_heads: Numbers = Field((0, 1), description="its heads, from 0; they are averaged")
     correlation: Literal["diffusion", "colour"] = Field("diffusion", description="whose correlation biases CLIP")
+    correlation_softmax: bool = Field(False, description="walk along probabilities, not along raw likeness")
     correlation_threshold: float = Field(0.2, ge=0, lt=1, description="share of a key's largest that counts")
     acr: bool = Field(True, description="replace rows of the correlation by their clusters' means")
     bias_strength: float = Field(1.0, ge=0, description="weight of the correlation in CLIP's surgery path")

@@ -27,7 +27,7 @@ def correlation():
     return found
 
 
-def slow_correlation(q, k, heads, threshold):
+def slow_correlation(q, k, heads, threshold, softmax=False):
     """Correlate one image, entry by entry, as a list of rows."""
     n = GRID[0] * GRID[1]
     product = torch.eye(n)
@@ -35,6 +35,8 @@ def slow_correlation(q, k, heads, threshold):
         small = [x[head].T.unflatten(1, SOURCE)[None] for x in (q, k)]  # (1, d, h, w)
         big = [F.interpolate(x, size=GRID, mode="bilinear", align_corners=False)[0].flatten(1).T for x in small]
         rows = [[float(big[0][i] @ big[1][j]) for j in range(n)] for i in range(n)]
+        if softmax:
+            rows = [torch.tensor([x / 5**0.5 for x in row]).softmax(0).tolist() for row in rows]
         peaks = [max(row[j] for row in rows) for j in range(n)]
         rows = [[row[j] / (peaks[j] + 1e-5) if peaks[j] > 0 else 0.0 for j in range(n)] for row in rows]
         rows = [[value if value >= threshold else 0.0 for value in row] for row in rows]
@@ -48,6 +50,10 @@ def test_correlation_entry_by_entry(heads, threshold):
     found = correlate(q, k, **SIZES, heads=heads, threshold=threshold)
     for image in range(2):
         expected = slow_correlation(q[image], k[image], heads, threshold)
+        torch.testing.assert_close(found[image], expected, atol=1e-5, rtol=0)
+    found = correlate(q, k, **SIZES, heads=heads, threshold=threshold, softmax=True)
+    for image in range(2):
+        expected = slow_correlation(q[image], k[image], heads, threshold, softmax=True)
         torch.testing.assert_close(found[image], expected, atol=1e-5, rtol=0)
 
 

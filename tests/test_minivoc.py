@@ -122,7 +122,7 @@ def test_minivoc_seed_moves_what_is_reported_only(split, moves):
 def test_unknown_names_say_what_there_is():
     scene = scene_of("tune", 0)
     for call, message in (
-        (lambda: scene_of("test", 0), "no split 'test'; choose one of pretrain, train, tune, val, shift"),
+        (lambda: scene_of("test", 0), "no split 'test'; choose one of pretrain, studio, train, tune, val, shift"),
         (lambda: on_place(scene, "moon"), "unknown place 'moon'; choose one of sky, grass"),
         (lambda: in_material(scene, scene.tags[0], "gold"), "unknown class 'gold'; choose one of aeroplane"),
         (lambda: outline("mdi:no-such-glyph"), "glyph 'no-such-glyph' is not in the icon font 'mdi'"),
@@ -190,6 +190,18 @@ def test_iconic_scenes_show_one_large_object():
     assert len(sizes) == 200 and min(sizes) >= 0.6
     pretrain = [scene_of("pretrain", index) for index in range(600)]
     assert 0.5 < np.mean([len(scene.tags) == 1 for scene in pretrain]) < 0.6  # 40 % iconic, a quarter of scenes
+
+
+def test_in_the_studio_one_thing_stands_on_calm_ground():
+    for index in range(12):
+        studio = scene_of("studio", index)
+        assert [thing.label for thing in studio.things] == list(studio.tags) and len(studio.tags) == 1
+        calm, sharp = render(studio), render(replace(studio, out_of_focus=False))
+        for kind in ("classes", "instances", "parts"):
+            np.testing.assert_array_equal(getattr(calm, kind), getattr(sharp, kind))
+        ground = ~grown(calm.instances > 0, 9)
+        steps = [np.abs(drawn.image.astype(int)[1:] - drawn.image[:-1])[ground[1:]].mean() for drawn in (calm, sharp)]
+        assert steps[0] < 6 and steps[0] <= steps[1], studio.place  # what is left is the camera's grain
 
 
 def test_captions_are_true_and_seldom_name_the_place(scenes):

@@ -81,16 +81,18 @@ def test_a_killed_writer_leaves_no_half_folder(monkeypatch, tmp_path):
     assert VOCFolder(write_minivoc(tmp_path, workers=1), "train").names == ["train_00000", "train_00001"]
 
 
-def test_pretraining_pictures_come_in_chunks(tmp_path):
-    folder = write_pretrain(tmp_path, 3, workers=1)
+@pytest.mark.parametrize("split", ["pretrain", "studio"])
+def test_pretraining_pictures_come_in_chunks(tmp_path, split):
+    folder = write_pretrain(tmp_path, 3, split=split, workers=1)
+    assert folder == tmp_path / f"minivoc-{split}"
     images, tags, places = (np.load(folder / f"{kind}-000000-000003.npy") for kind in ("images", "tags", "places"))
     assert images.shape == (3, 128, 128, 3) and images.dtype == np.uint8 and tags.dtype == bool
     for index in range(3):
-        scene = scene_of("pretrain", index)
+        scene = scene_of(split, index)
         assert [CLASSES[i] for i in np.flatnonzero(tags[index])] == list(scene.tags)
         assert tuple(PLACE_WORDS)[places[index]] == scene.place
     before = {path: (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).digest()) for path in folder.iterdir()}
     todo = []
-    write_pretrain(tmp_path, 3, workers=1, progress=lambda items, total: todo.append(total) or items)
+    write_pretrain(tmp_path, 3, split=split, workers=1, progress=lambda items, total: todo.append(total) or items)
     assert todo == [0] and before.keys() == set(folder.iterdir())
     assert all(path.stat().st_mtime_ns == time for path, (time, _) in before.items())

@@ -173,6 +173,13 @@ def test_augmentation_mirrors_but_never_turns():
     assert 0.05 < found[:, 2].mean((1, 2)).std() < 0.1  # but for the light: uniform in 0.5 ± 0.12
 
 
+def test_finer_sampling_makes_fine_patterns_grey():
+    stripes = (torch.arange(64) % 2).float().expand(4, 3, 64, 64)
+    coarse, fine = (augment(stripes, size=16, crop=(0.9, 1.0), finer=n, generator=generator()) for n in (1, 4))
+    assert fine.shape == (4, 3, 16, 16) and coarse.std((1, 2, 3)).min() > 0.1 > 0.05 > fine.std((1, 2, 3)).max()
+    torch.testing.assert_close(fine.mean(), coarse.mean(), atol=0.1, rtol=0)
+
+
 def test_whole_pictures_are_only_mirrored_and_lit():
     images = torch.rand(8, 3, 16, 16, generator=generator(2)) * 0.1 + 0.45
     found = augment(images, size=16, crop=(1.0, 1.0), generator=generator())

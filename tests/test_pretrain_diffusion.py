@@ -13,9 +13,11 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import CLIPTokenizer
 
 from diclip.__main__ import text
+from diclip.data.minivoc import CLASSES
 from diclip.diffusion import load_diffusion
 from diclip.pretrain import diffusion as pretraining
 from diclip.pretrain import pretrain, watch_diffusion
+from diclip.pretrain.data import Pictures
 from diclip.pretrain.diffusion import Denoiser, Stretch, average, build_unet, pretrain_diffusion, stretch_of
 from diclip.pretrain.loop import train
 from diclip.settings import load_settings
@@ -37,8 +39,9 @@ def small(monkeypatch):
     monkeypatch.setattr(pretraining, "train", partial(train, save_every=2))
 
 
-def learn(folder, pictures, **options):
-    return pretrain_diffusion(folder, pictures, **{"steps": 5, "autoencoder_steps": 3, "seed": 3} | options)
+def learn(folder, pictures, studio=None, **options):
+    usual = {"steps": 5, "autoencoder_steps": 3, "seed": 3}
+    return pretrain_diffusion(folder, pictures, studio or pictures, **usual | options)
 
 
 def checkpoint(folder) -> dict:
@@ -175,6 +178,29 @@ def test_prompts_are_captions_and_a_tenth_is_empty(monkeypatch, pictures, tmp_pa
     assert len(set(texts)) > 3 * len(tags)  # written anew each time
 
 
+def test_most_pictures_are_from_the_studio(monkeypatch, pictures, tmp_path):
+    """Known by their captions: in the studio stand chairs, elsewhere what `pictures` shows."""
+    seen = []
+
+    def forward(self, latents, timesteps, ids):
+        seen.append(ids)
+        return latents * self.unet.conv_in.weight.mean()
+
+    monkeypatch.setattr(Denoiser, "forward", forward)
+    monkeypatch.setattr(pretraining, "STRETCHES", (Stretch(1.0, 16, (0.5, 1.0), 50),))
+    chairs = np.zeros_like(pictures.tags)
+    chairs[:, CLASSES.index("chair")] = True
+    boats = np.roll(chairs, CLASSES.index("boat") - CLASSES.index("chair"), 1)
+    sources = (Pictures(pictures.images, tags, pictures.places) for tags in (boats, chairs))
+    learn(tmp_path, *sources, steps=2, autoencoder_steps=1)
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
+    for ids in seen:
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        where = {name: {row for row, text in enumerate(texts) if name in text} for name in ("chair", "boat")}
+        assert len(where["chair"]) > 5 and len(where["boat"]) > 2
+        assert max(where["chair"]) < 30 <= min(where["boat"])  # captions with attributes alone name neither
+
+
 def test_stretches():
     assert [stretch_of(step, 10).size for step in (0, 4, 5, 9, 12)] == [16, 16, 32, 32, 32]
 
@@ -191,6 +217,9 @@ def settings(tiny_world, facts, tmp_path, monkeypatch):
     noise = np.random.default_rng(0).integers(0, 256, (64, 128, 128, 3), dtype=np.uint8)
     for kind, array in (("images", noise), ("tags", facts[0][:64]), ("places", facts[1][:64])):
         np.save(folder / f"{kind}-000000-000064.npy", array)
+    shutil.copytree(folder, tmp_path / "data/minivoc-studio")
+    for file in (tmp_path / "data/minivoc-studio").iterdir():  # half as many
+        np.save(file.with_name(file.name.replace("64", "32")), np.load(file)[:32])
     monkeypatch.setattr(pretraining, "pretrain_diffusion", partial(pretrain_diffusion, autoencoder_steps=2))
     return load_settings(
         data_root=tmp_path / "data", run_dir=tmp_path / "run", pretrain_pictures=64, pretrain_steps=2, device="cpu"

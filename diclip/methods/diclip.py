@@ -118,6 +118,7 @@ class DiCLIP(PlainCLIP):
                 grid=self.grid(batch),
                 heads=settings.coarse_heads,
                 threshold=settings.correlation_threshold,
+                softmax=settings.correlation_softmax,
             )
             coarse, fine = coarse + step / len(draws), fine + taps.fine / len(draws)
         return coarse.to(self.clip.device), fine.to(self.clip.device), taps.fine_grid

@@ -29,19 +29,24 @@ def pretrain(model: str, settings: Settings, progress: Callable[..., Iterable[An
         _refuse_another(folder / "settings.json", settings)
         write_json(folder / "settings.json", settings.model_dump(mode="json"))
         write_json(folder / "environment.json", environment())
-        rendered = write_pretrain(
-            settings.data_root,
-            settings.pretrain_pictures,
-            progress=lambda items, total: progress(items, total=total, desc="render"),
-        )
-        started = time.monotonic()
         recipe, train, score = {
             "clip": (clip, clip.pretrain_clip, watch_clip),
             "diffusion": (diffusion, diffusion.pretrain_diffusion, watch_diffusion),
         }[model]
+        pictures = []
+        for split, share in recipe.SPLITS.items():
+            count = round(settings.pretrain_pictures * share)
+            rendered = write_pretrain(
+                settings.data_root,
+                count,
+                split=split,
+                progress=lambda items, total: progress(items, total=total, desc="render"),
+            )
+            pictures.append(Pictures.open(rendered, count))
+        started = time.monotonic()
         exported = train(
             folder,
-            Pictures.open(rendered, settings.pretrain_pictures),
+            *pictures,
             steps=settings.pretrain_steps or recipe.STEPS,
             seed=settings.seed,
             max_minutes=settings.max_minutes,
@@ -98,7 +103,14 @@ def watch_diffusion(settings: Settings, model: Path) -> dict[str, float]:
             prompt=settings.diffusion_prompt,
         )
         q, k = taps.coarse_q, taps.coarse_k
-        threshold = settings.correlation_threshold
-        return correlate(q, k, source=taps.coarse_grid, grid=grid, heads=settings.coarse_heads, threshold=threshold)
+        return correlate(
+            q,
+            k,
+            source=taps.coarse_grid,
+            grid=grid,
+            heads=settings.coarse_heads,
+            threshold=settings.correlation_threshold,
+            softmax=settings.correlation_softmax,
+        )
 
     return {"same_object_auc": round(float(mean(same_object_auc(changed, correlation).sum(0))), 4)}

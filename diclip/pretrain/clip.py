@@ -43,6 +43,7 @@ PHASES = (
     Phase(1.00, 128, (0.8, 1.0), 0.65, 0.0, "tok"),
 )
 STEPS = 5_000
+SPLITS = {"pretrain": 1.0}  # of the settings' number of pictures
 CAPTIONS = 48  # captions of a batch that all its pictures are compared with
 
 

@@ -65,9 +65,12 @@ class Pictures:
         return torch.from_numpy(self.images[indices]).permute(0, 3, 1, 2).float().div_(255)
 
 
-def augment(images: Tensor, *, size: int, crop: tuple[float, float], generator: torch.Generator) -> Tensor:
+def augment(
+    images: Tensor, *, size: int, crop: tuple[float, float], generator: torch.Generator, finer: int = 1
+) -> Tensor:
     """Crop squares of random side (a share of the picture within `crop`), flip, and change the light.
 
+    `finer` samples a pixel that many times along each side, so that fine patterns become grey and not false patterns.
     Returns `(B, 3, size, size)` float32 in [0, 1].
     """
 
@@ -80,8 +83,9 @@ def augment(images: Tensor, *, size: int, crop: tuple[float, float], generator: 
     flip = torch.randint(0, 2, (batch,), generator=generator) * 2 - 1
     theta = torch.zeros(batch, 2, 3)
     theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = side * flip, side, shift
-    grid = F.affine_grid(theta, [batch, 3, size, size], align_corners=False)
+    grid = F.affine_grid(theta, [batch, 3, finer * size, finer * size], align_corners=False)
     images = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    images = F.avg_pool2d(images, finer) if finer > 1 else images
     contrast, light = (uniform(batch, 1, 1, 1, low=low, high=high) for low, high in ((0.7, 1.3), (-0.12, 0.12)))
     mean = images.mean((1, 2, 3), keepdim=True)
     return ((images - mean) * contrast + mean + light).clamp_(0, 1)

@@ -7,16 +7,17 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import cv2
 import numpy as np
 
 from diclip.data.minivoc.captions import PLACES, describe
 from diclip.data.minivoc.render import Rendered, render
-from diclip.data.minivoc.scene import CLASSES, Scene, sample_scene
+from diclip.data.minivoc.scene import CLASSES, Scene, in_studio, sample_scene
 
 SPLITS: dict[str, int] = {"train": 400, "tune": 100, "val": 1000, "shift": 200}
-_STREAMS = {"pretrain": 1, "train": 2, "tune": 3, "val": 4, "shift": 5}  # one random stream a split: disjoint scenes
+_STREAMS = {"pretrain": 1, "studio": 6, "train": 2, "tune": 3, "val": 4, "shift": 5}  # a split: disjoint scenes
 _SEEDED = ("val", "shift")
 ICONIC_RATE = 0.4
 PRETRAIN_SIDE = 128
@@ -31,6 +32,8 @@ def scene_of(split: str, index: int, *, seed: int = 0) -> Scene:
     if split not in _STREAMS:
         raise ValueError(f"MiniVOC has no split '{split}'; choose one of {', '.join(_STREAMS)}")
     rng = np.random.default_rng([seed if split in _SEEDED else 0, _STREAMS[split], index])
+    if split == "studio":
+        return in_studio(sample_scene(rng, iconic=True))
     iconic = split == "pretrain" and bool(rng.random() < ICONIC_RATE)
     return sample_scene(rng, iconic=iconic, shifted=split == "shift")
 
@@ -114,12 +117,12 @@ def _write_splits(folder: Path, seed: int, workers: int | None, progress: Callab
     (folder / "captions.json").write_text(json.dumps({name: text for name, _, text in done}, indent=0))
 
 
-def _pretrain_chunk(start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _pretrain_chunk(split: str, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     images = np.empty((stop - start, PRETRAIN_SIDE, PRETRAIN_SIDE, 3), np.uint8)
     tags = np.zeros((stop - start, len(CLASSES)), bool)
     places = np.zeros(stop - start, np.uint8)
     for row, index in enumerate(range(start, stop)):
-        scene = scene_of("pretrain", index)
+        scene = scene_of(split, index)
         side = (PRETRAIN_SIDE, PRETRAIN_SIDE)
         images[row] = cv2.resize(render(scene).image, side, interpolation=cv2.INTER_LINEAR)
         tags[row, [CLASSES.index(name) for name in scene.tags]] = True
@@ -131,19 +134,21 @@ def write_pretrain(
     root: Path,
     count: int,
     *,
+    split: Literal["pretrain", "studio"] = "pretrain",
     workers: int | None = None,
     progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
 ) -> Path:
-    """Render the first `count` pretraining pictures under `root`, in resumable chunks of 2,000; return the folder.
+    """Render the first `count` pictures of a split under `root`, in resumable chunks of 2,000; return the folder.
 
     Each chunk is `images-K.npy (n, 128, 128, 3)` uint8, `tags-K.npy (n, 20)` bool and `places-K.npy (n,)`.
     """
-    folder = Path(root) / "minivoc-pretrain"
+    folder = Path(root) / f"minivoc-{split}"
     folder.mkdir(parents=True, exist_ok=True)
     chunks = [(start, min(start + 2000, count)) for start in range(0, count, 2000)]
     todo = [c for c in chunks if not (folder / f"places-{c[0]:06d}-{c[1]:06d}.npy").exists()]
+    draw = partial(_pretrain_chunk, split)
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
-        results = zip(todo, pool.map(_pretrain_chunk, *zip(*todo, strict=True)), strict=True) if todo else ()
+        results = zip(todo, pool.map(draw, *zip(*todo, strict=True)), strict=True) if todo else ()
         for (start, stop), arrays in progress(results, len(todo)):
             for kind, array in zip(("images", "tags", "places"), arrays, strict=True):
                 target = folder / f"{kind}-{start:06d}-{stop:06d}.npy"

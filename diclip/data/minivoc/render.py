@@ -20,6 +20,7 @@ from diclip.data.minivoc.textures import (
 
 VOID = 255
 _OVERSAMPLE = 4
+_DEPTH = 14  # pixels of a picture of 128 by which a place out of focus is blurred
 
 # hues (degrees) that a class often, never always, wears: colour must not name the class
 _USUAL_HUES = {
@@ -177,6 +178,8 @@ def render(scene: Scene, *, scale: float = 1.0) -> Rendered:
     width, height = round(scene.width * scale), round(scene.height * scale)
     rng = np.random.default_rng(scene.seed)
     canvas = paint_place(scene.place, rng, height, width, scale, _palette(scene))
+    if scene.out_of_focus:
+        canvas = cv2.GaussianBlur(canvas, (0, 0), _DEPTH * scale, borderType=cv2.BORDER_REFLECT)
     classes, instances, parts = (np.zeros((height, width), np.uint8) for _ in range(3))
     for index, thing in enumerate(scene.things):
         brush = _Brush(thing, outline(thing.outline, thing.direction), canvas, scale, scene)

@@ -47,6 +47,7 @@ class Scene:
     things: tuple[Thing, ...]
     shifted: bool  # family materials and turned class materials of the `shift` split
     seed: int
+    out_of_focus: bool = False  # the place is: what stands on it is not
 
     @property
     def tags(self) -> tuple[str, ...]:
@@ -129,6 +130,11 @@ def sample_scene(rng: np.random.Generator, *, iconic: bool = False, shifted: boo
         seats.append((*xy, size))
         things.insert(0 if rng.random() < 0.7 else len(things), _thing(rng, None, size, xy, shifted))
     return Scene(*frame, place, tuple(things), shifted, int(rng.integers(2**31)))
+
+
+def in_studio(scene: Scene) -> Scene:
+    """Take the distractors away and the place out of focus, as in pictures of one thing for its own sake."""
+    return replace(scene, things=tuple(t for t in scene.things if t.label), out_of_focus=True)
 
 
 def on_place(scene: Scene, place: str) -> Scene:
