@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diclip.correlation import acr, cluster, correlate, likeness
+from diclip.correlation import acr, alike, cluster, correlate, likeness
 
 SOURCE, GRID = (3, 4), (5, 6)
 SIZES = {"source": SOURCE, "grid": GRID}
@@ -168,3 +168,12 @@ def test_clusters_of_nearly_equal_columns_keep_their_digits(spread):
     owner = (gap * ratio).sum(-1).argmin(1)
     together = owner[:, :, None] == owner[:, None]
     assert (together == (ids[:, :, None] == ids[:, None])).double().mean() > 0.99
+
+
+def test_rows_are_compared_whatever_their_sum(correlation):
+    found, scaled = alike(correlation), alike(correlation * torch.rand(3, 30, 1) * 5)
+    torch.testing.assert_close(found, scaled)
+    expected = F.cosine_similarity(correlation[:, :, None], correlation[:, None], dim=-1, eps=1e-12)
+    torch.testing.assert_close(found, expected)
+    correlation[1, 4] = 0
+    assert alike(correlation)[1, 4].count_nonzero() == 0

@@ -106,7 +106,10 @@ def test_the_table(settings, monkeypatch):
     assert {"value", "over_without"} == set(found["key-value memory"]["ceiling"])
     for name in ("co-occurrence", "co-occurrence, no background words"):
         assert 0 <= found[name]["with"] <= 100 and found[name]["without_is"] == "another place"
-    assert 0 < found["diffusion correlation"]["with"] < 100 and len(found["diffusion correlation"]["nulls"]) == 4
+    knows = found["diffusion correlation"]
+    assert 0 < knows["with"] < 100 and len(knows["nulls"]) == 8 and "diffusion" in knows["is"]
+    assert len(knows["all"]) == 12 and knows["all"][knows["is"]] == knows["with"]
+    assert knows["is"].removesuffix(", clustered") == knows["without_is"].removesuffix(", clustered")
 
 
 def test_other_datasets_are_refused(settings):

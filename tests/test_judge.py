@@ -152,7 +152,8 @@ def test_the_report_holds_what_it_depends_on_and_is_the_same_again(settings, mon
         *("recognised", "classes", "judge", "null", "pictures_per_class", "steps", "guidance", "settings", "versions")
     ]
     assert list(found["recognised"]) == ["value", "low", "high"] and tuple(found["classes"]) == few
-    learned = Pictures.open(settings.data_root / "minivoc-pretrain", 64)
+    folders = (settings.data_root / f"minivoc-{split}" for split in ("pretrain", "studio"))
+    learned = Pictures.join(*(Pictures.open(folder, n) for folder, n in zip(folders, (64, 32), strict=True)))
     assert {name: found["judge"][name] for name in ("images", "steps", "pictures", "parameters")} == {
         "images": len(real_pictures(settings)[0]),
         "steps": 2,

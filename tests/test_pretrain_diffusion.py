@@ -121,7 +121,7 @@ def test_the_export_is_an_ordinary_pipeline(trained):
         fine_heads=settings.fine_heads,
         generator=torch.Generator(),
     )
-    assert (taps.coarse_grid, taps.fine_grid) == ((8, 8), (32, 32))
+    assert (taps.coarse_grid, taps.fine_grid) == ((32, 32), (32, 32))
     assert len(list((trained / "model").rglob("*.safetensors"))) == 3 and not list((trained / "model").rglob("*.bin"))
 
 

@@ -116,7 +116,7 @@ def test_the_vocabulary_follows_the_settings():
 
 
 def test_layers_are_those_of_the_mini_model():
-    """DiCLIP's two layers lie on the coarsest and on the finest level; test_real_size_diffusion has the presets'."""
+    """Both lie on the finest level; test_real_size_diffusion has the presets'."""
     import torch
 
     from diclip.pretrain.diffusion import build_unet
@@ -125,7 +125,7 @@ def test_layers_are_those_of_the_mini_model():
     with torch.device("meta"):
         layers = attentions(build_unet())
     settings = load_settings()
-    assert (layers[settings.coarse_layer].stride, layers[settings.fine_layer].stride) == (4, 1)
+    assert (layers[settings.coarse_layer].stride, layers[settings.fine_layer].stride) == (1, 1)
     assert max(settings.coarse_heads) < layers[settings.coarse_layer].heads
     assert max(settings.fine_heads) < layers[settings.fine_layer].heads
 

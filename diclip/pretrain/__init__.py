@@ -18,9 +18,8 @@ def pretrain(model: str, settings: Settings, progress: Callable[..., Iterable[An
     `model/`, which every command takes as `--set clip_model=FOLDER/model` or `diffusion_model=FOLDER/model`. The
     models that ship are left alone.
     """
-    from diclip.data.minivoc import write_pretrain
     from diclip.pretrain import clip, diffusion
-    from diclip.pretrain.data import Pictures
+    from diclip.pretrain.data import render_pictures
     from diclip.runs import environment, locked, pick_device, write_json
 
     folder = settings.run_dir if "run_dir" in settings.model_fields_set else ROOT / "runs" / f"pretrain-{model}"
@@ -33,16 +32,8 @@ def pretrain(model: str, settings: Settings, progress: Callable[..., Iterable[An
             "clip": (clip, clip.pretrain_clip, watch_clip),
             "diffusion": (diffusion, diffusion.pretrain_diffusion, watch_diffusion),
         }[model]
-        pictures = []
-        for split, share in recipe.SPLITS.items():
-            count = round(settings.pretrain_pictures * share)
-            rendered = write_pretrain(
-                settings.data_root,
-                count,
-                split=split,
-                progress=lambda items, total: progress(items, total=total, desc="render"),
-            )
-            pictures.append(Pictures.open(rendered, count))
+        counts = {split: round(settings.pretrain_pictures * share) for split, share in recipe.SPLITS.items()}
+        pictures = render_pictures(settings.data_root, counts, progress=progress)
         started = time.monotonic()
         exported = train(
             folder,
@@ -78,10 +69,10 @@ def watch_clip(settings: Settings, model: Path) -> dict[str, float]:
 
 
 def watch_diffusion(settings: Settings, model: Path) -> dict[str, float]:
-    """Score an exported diffusion model on the settings' `tune_split`: AUC of "same object" by its correlation."""
+    """Score an exported diffusion model on the settings' `tune_split`: AUC of "same object" by its rows."""
     import torch
 
-    from diclip.correlation import correlate
+    from diclip.correlation import alike, correlate
     from diclip.data import Batch
     from diclip.difficulty import PATCH, same_object_auc
     from diclip.diffusion import load_diffusion
@@ -103,7 +94,7 @@ def watch_diffusion(settings: Settings, model: Path) -> dict[str, float]:
             prompt=settings.diffusion_prompt,
         )
         q, k = taps.coarse_q, taps.coarse_k
-        return correlate(
+        steps = correlate(
             q,
             k,
             source=taps.coarse_grid,
@@ -112,5 +103,6 @@ def watch_diffusion(settings: Settings, model: Path) -> dict[str, float]:
             threshold=settings.correlation_threshold,
             softmax=settings.correlation_softmax,
         )
+        return alike(steps)
 
     return {"same_object_auc": round(float(mean(same_object_auc(changed, correlation).sum(0))), 4)}
