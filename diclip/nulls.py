@@ -64,7 +64,8 @@ def enrichments(method: ExCEL, *, seed: int) -> dict[str, Tensor]:
     """Return ExCEL's texts (C + n, E), its plain ones, and those of its nulls, by name.
 
     "shuffled sentences": the bank is made of each class's prompt followed by another class's sentences; "shuffled
-    attributes": each class takes up what another one hunted; "mean attribute": all take up the same, the bank's mean.
+    attributes": each class takes up what another one hunted; "mean attribute": all take up the same, the bank's mean,
+    which is nearly what a softmax at temperature 1 hunts.
     """
     settings, vocabulary, bank = method.settings, method.vocabulary, method.bank.to(method.texts)
     owner = misnamed(len(vocabulary.classes), seed=seed)

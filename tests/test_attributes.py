@@ -2,6 +2,7 @@
 
 import json
 import math
+import tomllib
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from diclip.attributes import attribute_bank, enrich, hunt, read_attributes
 from diclip.clip import load_clip
-from diclip.settings import PRESETS, load_settings
+from diclip.settings import PRESETS, ROOT, load_settings
 from diclip.vocabulary import VOC, VOC_CLASSES, Vocabulary
 
 SENTENCES = {"cat": ["soft fur", "long whiskers"], "dog": ["a wet nose"], "bus": ["rows of windows", "big wheels"]}
@@ -165,3 +166,9 @@ def test_mini_sentences_are_of_words_that_the_mini_clip_has_read():
 
 def test_presets_name_files_for_their_classes():
     assert {load_settings(preset).attributes.name for preset in PRESETS} == {"minivoc.yaml", "voc.yaml", "coco.yaml"}
+
+
+def test_sentences_are_shipped_with_the_package():
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["diclip"]
+    shipped = {path for pattern in patterns for path in (ROOT / "diclip").glob(pattern)}
+    assert shipped == set((ROOT / "diclip/sentences").iterdir()) and len(shipped) == 2
