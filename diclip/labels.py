@@ -44,12 +44,16 @@ def with_background(scores: Tensor, *, rule: Rule = "one_minus_max", power: floa
     return torch.cat([background.unsqueeze(-3), scores], dim=-3)
 
 
-def to_labels(scores: Tensor, label: Tensor) -> Tensor:
+def to_labels(scores: Tensor, label: Tensor, *, confidence: float = 0.0, ignore: int = 255) -> Tensor:
     """Return the mask (H, W), int64, of scores with background (1 + n, H, W); class index c becomes c + 1.
 
-    The background wins ties.
+    The background wins ties. A pixel whose largest score is a smaller share of their sum than `confidence` is
+    `ignore`: CLIP-ES's confidence-guided loss (CVPR 2023) leaves out what a dense CRF is not .95 sure of.
     """
-    return F.pad(label + 1, (1, 0))[scores.argmax(0)]
+    mask = F.pad(label + 1, (1, 0))[scores.argmax(0)]
+    if not confidence:
+        return mask
+    return mask.masked_fill(scores.amax(0) < confidence * scores.sum(0), ignore)
 
 
 def pseudo_labels(
@@ -61,12 +65,17 @@ def pseudo_labels(
     score: float = 0.5,
     stretch: bool = True,
     restretch: bool = False,
+    confidence: float = 0.0,
 ) -> list[Tensor]:
-    """Return a mask (H, W), int64, for each image at its own (height, width); without tags all background."""
+    """Return a mask (H, W), int64, for each image at its own (height, width); without tags all background.
+
+    With `confidence` pixels that are less sure are 255, for training: see `to_labels`.
+    """
     masks = []
     for index, size in enumerate(sizes):
         scores, label = upsample(maps, index, size, stretch=stretch, restretch=restretch)
-        masks.append(to_labels(with_background(scores, rule=rule, power=power, score=score), label))
+        scores = with_background(scores, rule=rule, power=power, score=score)
+        masks.append(to_labels(scores, label, confidence=confidence))
     return masks
 
 

@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from diclip.vocabulary import BACKGROUND_WORDS, TEMPLATE, VOC_CLASSES, VOC_SYNONYMS, Vocabulary
+from diclip.vocabulary import BACKGROUND_WORDS, COCO_SYNONYMS, TEMPLATE, VOC_CLASSES, Vocabulary
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -69,7 +69,7 @@ class Settings(BaseModel):
     )
 
     preset: Literal["mini", "voc", "coco"] = Field("mini", description="where the other defaults come from")
-    method: Literal["clip", "excel", "diclip"] = Field("clip", description="the system")
+    method: Literal["clip", "clip-es", "excel", "diclip"] = Field("clip", description="the system")
 
     dataset: Literal["minivoc", "voc", "coco"] = Field("minivoc", description="the images")
     data_root: Folder = Field(Path("data"), description="folder that holds the datasets")
@@ -129,6 +129,7 @@ class Settings(BaseModel):
 
     tau_box: float = Field(0.79, ge=0, le=1, description="share of a map's maximum that earns a box (CAA)")
     caa_layers: int = Field(6, ge=1, description="last blocks whose attention CAA averages")
+    gradcam_pool: Literal["patches", "model"] = Field("model", description="pooling that Grad-CAM differentiates")
     rar_rounds: int = Field(10, ge=0, description="steps along the diffusion's fine attention (RAR)")
     background: Background = Field("sweep", description="background score of raw maps; sweep: the best on tune")
     background_score: float = Field(0.5, ge=0, le=1, description="the fixed background score")
@@ -148,7 +149,7 @@ class Settings(BaseModel):
 
     def vocabulary(self, classes: tuple[str, ...] = VOC_CLASSES) -> Vocabulary:
         """Return the classes of a dataset, with what the settings say about them and their background."""
-        synonyms = {name: words for name, words in VOC_SYNONYMS.items() if name in classes}
+        synonyms = {name: words for name, words in COCO_SYNONYMS.items() if name in classes}
         return Vocabulary(classes, self.background_words, self.template, synonyms)
 
     @model_validator(mode="after")
@@ -186,6 +187,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "tune_split": "train",
         "baselines": False,
         "image_size": 320,
+        "gradcam_pool": "patches",
         "clip_model": "ViT-B-16-quickgelu",
         "clip_pretrained": "openai",
         "pixel_norm": "imagenet",
@@ -200,6 +202,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "tune_split": "train",
         "baselines": False,
         "image_size": 320,
+        "gradcam_pool": "patches",
         "clip_model": "ViT-B-16-quickgelu",
         "clip_pretrained": "openai",
         "pixel_norm": "imagenet",
@@ -217,6 +220,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # What a system's paper chooses otherwise than the preset; mini's was chosen on MiniVOC's `tune`.
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
+    "clip-es": {
+        "mini": {"tau_box": 0.4, "caa_layers": 8},
+        "voc": {"pixel_norm": "clip", "tau_box": 0.4, "caa_layers": 8},
+        "coco": {"pixel_norm": "clip", "tau_box": 0.7, "caa_layers": 8},
+    },
     "excel": {
         "mini": {"attention": "qkv", "surgery_blocks": 3},
         "voc": {"attention": "qkv", "surgery_blocks": 5},

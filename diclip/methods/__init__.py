@@ -54,6 +54,10 @@ def build_method(settings: Settings, clip: DenseCLIP | None = None) -> Method:
         from diclip.methods.excel import ExCEL
 
         return ExCEL(settings, clip)
+    if settings.method == "clip-es":
+        from diclip.methods.clip_es import CLIPES
+
+        return CLIPES(settings, clip)
     from diclip.diffusion import load_diffusion
     from diclip.memory import Memory
     from diclip.methods.diclip import DiCLIP
