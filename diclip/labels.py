@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -61,13 +61,21 @@ def pseudo_labels(
     score: float = 0.5,
     stretch: bool = True,
     restretch: bool = False,
+    refine: Callable[[list[Tensor]], Iterable[Tensor]] | None = None,
 ) -> list[Tensor]:
-    """Return a mask (H, W), int64, for each image at its own (height, width); without tags all background."""
-    masks = []
+    """Return a mask (H, W), int64, for each image at its own (height, width); without tags all background.
+
+    `refine` gets all images' scores with background, (1 + n, H, W) each, and returns them refined, in order:
+
+        pseudo_labels(maps, sizes, refine=lambda scores: par(scores, images))   # or dense_crf(scores, images)
+    """
+    full, labels = [], []
     for index, size in enumerate(sizes):
         scores, label = upsample(maps, index, size, stretch=stretch, restretch=restretch)
-        masks.append(to_labels(with_background(scores, rule=rule, power=power, score=score), label))
-    return masks
+        full.append(with_background(scores, rule=rule, power=power, score=score))
+        labels.append(label)
+    refined = full if refine is None else refine(full)
+    return [to_labels(scores, label) for scores, label in zip(refined, labels, strict=True)]
 
 
 class BackgroundSweep:
