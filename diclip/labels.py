@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -66,17 +66,23 @@ def pseudo_labels(
     stretch: bool = True,
     restretch: bool = False,
     confidence: float = 0.0,
+    refine: Callable[[list[Tensor]], Iterable[Tensor]] | None = None,
 ) -> list[Tensor]:
     """Return a mask (H, W), int64, for each image at its own (height, width); without tags all background.
 
-    With `confidence` pixels that are less sure are 255, for training: see `to_labels`.
+    With `confidence` pixels that are less sure are 255, for training: see `to_labels`. `refine` gets all images'
+    scores with background, (1 + n, H, W) each, and returns them refined, in order:
+
+        pseudo_labels(maps, sizes, refine=lambda scores: par(scores, images))   # or dense_crf(scores, images)
     """
-    masks = []
+    full, labels = [], []
     for index, size in enumerate(sizes):
         scores, label = upsample(maps, index, size, stretch=stretch, restretch=restretch)
-        scores = with_background(scores, rule=rule, power=power, score=score)
-        masks.append(to_labels(scores, label, confidence=confidence))
-    return masks
+        full.append(with_background(scores, rule=rule, power=power, score=score))
+        labels.append(label)
+    refined = full if refine is None else refine(full)
+    pairs = zip(refined, labels, strict=True)
+    return [to_labels(scores, label, confidence=confidence) for scores, label in pairs]
 
 
 class BackgroundSweep:

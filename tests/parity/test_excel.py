@@ -9,8 +9,9 @@ from diclip.attributes import enrich
 from diclip.cam import Maps, flip_max, surgery_cam
 from diclip.clip import Encoded
 from diclip.data import Batch
-from diclip.labels import upsample, with_background
+from diclip.labels import pseudo_labels, upsample, with_background
 from diclip.methods.excel import ExCEL
+from diclip.refine import par
 from diclip.settings import load_settings
 from diclip.vocabulary import Vocabulary
 
@@ -182,3 +183,39 @@ def test_caa_alone(branch):
     assert boxes.equal(box_union(ISOLATED[f"boxes_{branch}"], tuple(expected.shape[1:])))
     refined = caa(maps, attention, threshold=TAU, affinity=learned)
     assert error(refined.scores, expected) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def normalised(image):
+    mean, std = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    return (image - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+
+def refined_maps(maps: Maps, image: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return one image's scores after PAR, and its label."""
+    kept = []
+    (mask,) = pseudo_labels(maps, [size], refine=lambda scores: kept.extend(par(scores, image)) or kept)
+    return kept[0], mask
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("source", ["stored", "pixels"])
+def test_par(static, grid, normalised, mode, source):
+    expected = CASE[f"par_label_{mode}"].long()
+    image = CASE["par_image_u8"].permute(2, 0, 1)[None] / 255 if mode == "train" else normalised
+    maps = stored_maps(cam(static)[0].T, grid)
+    maps = maps.with_scores(CASE["caa_static"]) if source == "stored" else caa(maps, static.attention, threshold=TAU)
+    scores, mask = refined_maps(maps, image, tuple(expected.shape))
+    assert error(scores[:, 4::8, 4::8], CASE[f"par_scores_{mode}_sub"]) < 1e-5
+    assert (mask != expected).sum() <= 10
+
+
+def test_par_at_another_size(grid, normalised):
+    names = [name for name in CASE.arrays() if name.startswith("par_label_eval_")]
+    if not names:
+        pytest.skip("no label at another size")
+    maps = stored_maps(torch.zeros(grid[0] * grid[1], len(CASE["class_names"])), grid)
+    maps = maps.with_scores(CASE["caa_static"])
+    for expected in (CASE[name].long() for name in names):
+        _, mask = refined_maps(maps, normalised, tuple(expected.shape))
+        assert (mask != expected).sum() <= 10
