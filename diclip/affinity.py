@@ -1,8 +1,11 @@
-"""Spread class maps along attention: class-aware affinity (CAA)."""
+"""Spread class maps along attention: class-aware affinity (CAA), and the pair affinities that a decoder learns."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diclip.cam import Maps
@@ -39,6 +42,36 @@ def transition(attention: Tensor, *, layers: int = 6, affinity: Tensor | None = 
     balanced = sinkhorn(mean, iterations=iterations)
     balanced = (balanced + balanced.transpose(-2, -1)) / 2
     return balanced @ balanced
+
+
+def pair_logits(features: Tensor, *, gain: float = 3.0, mean: Literal["batch", "image"] = "batch") -> Tensor:
+    """Return how much likelier than the average pair two places of a map (B, E, h, w) are one thing: (B, N, N).
+
+    It is gain · (cosine - mean cosine). "batch" is what WeCLIP, ExCEL and DiCLIP compute: one mean for the batch, so
+    that images (and an image and its mirror image) depend on one another; "image" takes each image's own. Raises
+    ValueError for another mean.
+    """
+    if mean not in ("batch", "image"):
+        raise ValueError(f"mean is {mean!r}, expected batch or image")
+    unit = F.normalize(features.flatten(2), dim=1)  # (B, E, N)
+    cosine = unit.transpose(1, 2) @ unit
+    return gain * (cosine - (cosine.mean() if mean == "batch" else cosine.mean((1, 2), keepdim=True)))
+
+
+def pair_affinity(features: Tensor, *, gain: float = 3.0, mean: Literal["batch", "image"] = "batch") -> Tensor:
+    """Return a decoder feature's (B, E, h, w) pair affinity (B, N, N) in [0, 1], for `transition` (WeCLIP; ExCEL)."""
+    return pair_logits(features, gain=gain, mean=mean).sigmoid()
+
+
+def calibration(features: Tensor, *, gain: float = 3.0, mean: Literal["batch", "image"] = "batch") -> Tensor:
+    """Turn a decoder feature (B, E, h, w) into a bias (B, N, N) for `DenseCLIP.encode`, rows of sum 1.
+
+    It is the softmax of `pair_logits` over the pairs that are not below the mean (ExCEL, CVPR 2025, learnable visual
+    calibration). A place is always paired with itself.
+    """
+    logits = pair_logits(features, gain=gain, mean=mean)
+    itself = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)  # else a constant map could lose all
+    return logits.masked_fill((logits < 0) & ~itself, -torch.inf).softmax(-1)
 
 
 def box_mask(scores: Tensor, *, threshold: float = 0.79, full_border: bool = False) -> Tensor:

@@ -42,6 +42,19 @@ class Maps:
         return maps
 
 
+def packed(tags: Sequence[Tensor], num_classes: int) -> tuple[Tensor, Tensor]:
+    """Return image and class (P,), int64, of each of B images' tags, 0-based class indices, in their order.
+
+    Raises ValueError if a tag is not below `num_classes`.
+    """
+    counts = torch.tensor([len(tag) for tag in tags], dtype=torch.long)
+    image = torch.arange(len(tags)).repeat_interleave(counts)
+    label = torch.cat([torch.as_tensor(tag, dtype=torch.long).cpu() for tag in tags] or [image])
+    if len(label) and not 0 <= label.min() <= label.max() < num_classes:
+        raise ValueError(f"tags are {label.min()} to {label.max()}, expected 0 to {num_classes - 1}")
+    return image, label
+
+
 def pack(dense: Tensor, tags: Sequence[Tensor]) -> Maps:
     """Keep of dense maps (B, C, h, w) those of each image's tags, 0-based class indices; no tags, no maps.
 
@@ -49,12 +62,7 @@ def pack(dense: Tensor, tags: Sequence[Tensor]) -> Maps:
     """
     if dense.ndim != 4 or len(tags) != len(dense):
         raise ValueError(f"maps are {tuple(dense.shape)} for {len(tags)} images, expected (B, C, h, w) for B")
-    counts = torch.tensor([len(tag) for tag in tags], dtype=torch.long)
-    image = torch.arange(len(tags)).repeat_interleave(counts)
-    label = torch.cat([torch.as_tensor(tag, dtype=torch.long).cpu() for tag in tags] or [image])
-    if len(label) and not 0 <= label.min() <= label.max() < dense.shape[1]:
-        raise ValueError(f"tags are {label.min()} to {label.max()}, expected 0 to {dense.shape[1] - 1}")
-    image, label = image.to(dense.device), label.to(dense.device)
+    image, label = (index.to(dense.device) for index in packed(tags, dense.shape[1]))
     return Maps(dense[image, label], image, label)
 
 

@@ -15,19 +15,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diclip.baselines import colour_texture_affinity
+from diclip.cam import normalise, surgery_scores
 from diclip.correlation import alike
 from diclip.data import Batch, minivoc, open_dataset, squash
+from diclip.data.images import VOID
 from diclip.data.minivoc.backgrounds import COMPANION, PLACES
-from diclip.difficulty import part_ids, same_object_auc
+from diclip.difficulty import majority, part_ids, same_object_auc
 from diclip.evaluate import Progress, count_grabcut, loader, silent, swept, tune_sweeps
 from diclip.labels import pseudo_labels
 from diclip.methods import build_method
 from diclip.methods.clip import PlainCLIP
 from diclip.methods.diclip import DiCLIP
-from diclip.nulls import NULLS, RAW, Beside, shuffled, untrained
+from diclip.methods.excel import ExCEL
+from diclip.nulls import NULLS, RAW, Beside, enrichments, shuffled, untrained
 from diclip.remember import remember_crops
 from diclip.score import Metric, boundary_counts, image_counts, mean, miou, paired_interval, part_counts
-from diclip.settings import Settings
+from diclip.settings import Settings, for_method
 from diclip.vocabulary import Vocabulary
 
 Counted = NDArray[Any]
@@ -40,8 +43,11 @@ def measure_effects(settings: Settings, progress: Progress = silent) -> dict[str
 
     An effect holds `metric`, its value `with` the idea, `without` it and at its strongest `null`, the 95 % paired
     bootstrap `interval` of with minus null (without a null: minus without), every null by name in `nulls`, and of
-    what it was measured. Raises ValueError for a dataset without parts and objects, and what `build_method` raises.
+    what it was measured. With the method `excel` it is what needs no diffusion model. Raises ValueError for a dataset
+    without parts and objects, and what `build_method` raises.
     """
+    if settings.method == "excel":
+        return text_enrichment(settings, progress)
     if settings.dataset != "minivoc":
         raise ValueError(
             f"dataset is {settings.dataset!r}, expected minivoc: effects need its masks of parts and objects"
@@ -91,6 +97,7 @@ def measure_effects(settings: Settings, progress: Progress = silent) -> dict[str
         effects
         | co_occurrence(settings, method, background["intra"], progress)
         | knowledge(settings, beside, about, progress)
+        | text_enrichment(settings, progress)
     )
 
 
@@ -240,6 +247,31 @@ def knowledge(settings: Settings, beside: Beside, about: dict[str, Any], progres
         "over-smoothing": compare("cosine of patch tokens", {"last block": tokens[:, -1], "first": tokens[:, 0]}, **how)
         | about,
     }
+
+
+def text_enrichment(settings: Settings, progress: Progress = silent) -> dict[str, Any]:
+    """Measure how often a patch inside an object is most like its own class's text, of all classes, no tags given.
+
+    Features are those of ExCEL's surgery path, without a diffusion model; texts are enriched, plain, and of nulls.
+    """
+    settings = for_method(settings, "excel")
+    method = build_method(settings)
+    assert isinstance(method, ExCEL)
+    texts = enrichments(method, seed=settings.seed)
+    found: dict[str, list[Counted]] = {name: [] for name in texts}
+    for batch in progress(loader(open_dataset(settings), settings), desc="patches and texts"):
+        encoded = method.encode(batch, need_attention=False)
+        how = {"pooled_is_token": method.clip.pooled_is_token, "norm_dim": settings.norm_dim}
+        features = normalise(encoded.patches, encoded.pooled, **how)
+        truth = torch.stack([majority(mask, encoded.grid).flatten() for mask in batch.masks]).to(features[0].device)
+        inside = (truth > 0) & (truth != VOID)  # (B, N)
+        for name, own in texts.items():
+            best = surgery_scores(*features, own)[0][..., : len(method.vocabulary.classes)].argmax(-1) + 1
+            counts = torch.stack([((best == truth) & inside).sum(1), inside.sum(1)], 1)
+            found[name].append(counts.cpu().numpy())
+    counts = {name: np.concatenate(each) for name, each in found.items()}
+    about = {"split": settings.split, "images": len(counts["enriched"]), "seed": settings.seed, "unit": "per cent"}
+    return {"text enrichment": compare("patch-text accuracy", counts, value=share, seed=settings.seed) | about}
 
 
 def smoothness(settings: Settings, method: DiCLIP, progress: Progress = silent) -> NDArray[np.float64]:

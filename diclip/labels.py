@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -44,12 +44,16 @@ def with_background(scores: Tensor, *, rule: Rule = "one_minus_max", power: floa
     return torch.cat([background.unsqueeze(-3), scores], dim=-3)
 
 
-def to_labels(scores: Tensor, label: Tensor) -> Tensor:
+def to_labels(scores: Tensor, label: Tensor, *, confidence: float = 0.0, ignore: int = 255) -> Tensor:
     """Return the mask (H, W), int64, of scores with background (1 + n, H, W); class index c becomes c + 1.
 
-    The background wins ties.
+    The background wins ties. A pixel whose largest score is a smaller share of their sum than `confidence` is
+    `ignore`: CLIP-ES's confidence-guided loss (CVPR 2023) leaves out what a dense CRF is not .95 sure of.
     """
-    return F.pad(label + 1, (1, 0))[scores.argmax(0)]
+    mask = F.pad(label + 1, (1, 0))[scores.argmax(0)]
+    if not confidence:
+        return mask
+    return mask.masked_fill(scores.amax(0) < confidence * scores.sum(0), ignore)
 
 
 def pseudo_labels(
@@ -61,13 +65,24 @@ def pseudo_labels(
     score: float = 0.5,
     stretch: bool = True,
     restretch: bool = False,
+    confidence: float = 0.0,
+    refine: Callable[[list[Tensor]], Iterable[Tensor]] | None = None,
 ) -> list[Tensor]:
-    """Return a mask (H, W), int64, for each image at its own (height, width); without tags all background."""
-    masks = []
+    """Return a mask (H, W), int64, for each image at its own (height, width); without tags all background.
+
+    With `confidence` pixels that are less sure are 255, for training: see `to_labels`. `refine` gets all images'
+    scores with background, (1 + n, H, W) each, and returns them refined, in order:
+
+        pseudo_labels(maps, sizes, refine=lambda scores: par(scores, images))   # or dense_crf(scores, images)
+    """
+    full, labels = [], []
     for index, size in enumerate(sizes):
         scores, label = upsample(maps, index, size, stretch=stretch, restretch=restretch)
-        masks.append(to_labels(with_background(scores, rule=rule, power=power, score=score), label))
-    return masks
+        full.append(with_background(scores, rule=rule, power=power, score=score))
+        labels.append(label)
+    refined = full if refine is None else refine(full)
+    pairs = zip(refined, labels, strict=True)
+    return [to_labels(scores, label, confidence=confidence) for scores, label in pairs]
 
 
 class BackgroundSweep:

@@ -105,10 +105,10 @@ def build_memory(
         if keys.ndim != 2 or keys.shape[1] != background.shape[-1] or not keys.isfinite().all():
             raise ValueError(f"keys of {name} are {tuple(keys.shape)}, expected finite (n, {background.shape[-1]})")
     wanted = [background_centres] + [per_class] * len(foreground)
-    centres = [_centres(keys, count, seed) for keys, count in zip(groups.values(), wanted, strict=True)]
-    counts = torch.tensor([len(own) for own in centres])
-    values = torch.eye(len(centres))[torch.arange(len(centres)).repeat_interleave(counts)]
-    return Memory(torch.cat(centres), values, tuple(foreground))
+    found = [centres(keys, count, seed=seed) for keys, count in zip(groups.values(), wanted, strict=True)]
+    counts = torch.tensor([len(own) for own in found])
+    values = torch.eye(len(found))[torch.arange(len(found)).repeat_interleave(counts)]
+    return Memory(torch.cat(found), values, tuple(foreground))
 
 
 def retrieve(
@@ -165,11 +165,12 @@ def fuse(cam: Tensor, retrieved: Tensor, *, weight: float = 0.5) -> Tensor:
     return minmax(cam + weight * retrieved, -1)
 
 
-def _centres(keys: Tensor, count: int, seed: int) -> Tensor:
+def centres(points: Tensor, count: int, *, seed: int = 0) -> Tensor:
+    """Sum points (n, E) up to at most `count` centres by k-means, on the CPU; where no more differ, to themselves."""
     import numpy as np
     from sklearn.cluster import KMeans
 
-    points = keys.detach().float().cpu().numpy()
+    points = points.detach().float().cpu().numpy()
     count = min(count, len(np.unique(points, axis=0)))
     if count == len(points):
         return torch.from_numpy(points)

@@ -1,4 +1,4 @@
-"""Make DiCLIP's maps beside those of its nulls: something simple in the place of each of its parts."""
+"""Put something simple in the place of each part of DiCLIP, and of ExCEL's text enrichment: their nulls."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
+from diclip.attributes import attribute_bank, hunt, read_attributes
 from diclip.baselines import place_affinity
 from diclip.cam import Maps, pack
 from diclip.clip import Encoded
@@ -15,6 +18,7 @@ from diclip.data import Batch
 from diclip.diffusion import Diffusion
 from diclip.memory import Memory
 from diclip.methods.diclip import DiCLIP, Seen
+from diclip.methods.excel import ExCEL
 
 STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0)  # of a bias, tried for each null
 NULLS = ("colour", "place", "untrained", "no clusters")
@@ -44,11 +48,42 @@ def untrained(diffusion: Diffusion, *, seed: int) -> Diffusion:
 
 def shuffled(memory: Memory, *, seed: int) -> Memory:
     """Return a memory whose keys of each class stand for another class; the background's stay."""
-    count = len(memory.classes)
+    owner = misnamed(len(memory.classes), seed=seed)
+    return Memory(memory.keys, memory.values[:, [0, *(1 + owner)]], memory.classes)
+
+
+def misnamed(count: int, *, seed: int) -> NDArray[np.int64]:
+    """Give each of `count` classes another one; no class keeps its own (of two or more)."""
     order = np.random.default_rng(seed).permutation(count)
     owner = np.empty(count, int)
-    owner[order] = np.roll(order, 1)  # a single cycle: no class keeps its own
-    return Memory(memory.keys, memory.values[:, [0, *(1 + owner)]], memory.classes)
+    owner[order] = np.roll(order, 1)  # a single cycle
+    return owner
+
+
+def enrichments(method: ExCEL, *, seed: int) -> dict[str, Tensor]:
+    """Return ExCEL's texts (C + n, E), its plain ones, and those of its nulls, by name.
+
+    "shuffled sentences": the bank is made of each class's prompt followed by another class's sentences; "shuffled
+    attributes": each class takes up what another one hunted; "mean attribute": all take up the same, the bank's mean,
+    which is nearly what a softmax at temperature 1 hunts.
+    """
+    settings, vocabulary, bank = method.settings, method.vocabulary, method.bank.to(method.texts)
+    owner = misnamed(len(vocabulary.classes), seed=seed)
+    own = read_attributes(settings.attributes, vocabulary.classes)
+    others = {name: own[vocabulary.classes[other]] for name, other in zip(own, owner, strict=True)}
+    classes, background = method.texts.tensor_split([len(owner)])
+    hunted = hunt(classes, bank, share=settings.attribute_share)
+
+    def mixed(attributes: Tensor) -> Tensor:
+        return torch.cat([F.normalize(classes + settings.attribute_weight * attributes, dim=-1), background])
+
+    return {
+        "enriched": method.enriched,
+        "plain names": method.texts,
+        "shuffled sentences": method.enrich(attribute_bank(settings, method.clip, vocabulary, others)),
+        "shuffled attributes": mixed(hunted[torch.from_numpy(owner)]),
+        "mean attribute": mixed(bank.mean(0)),
+    }
 
 
 class Beside:

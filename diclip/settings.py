@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from diclip.vocabulary import BACKGROUND_WORDS, TEMPLATE, VOC_CLASSES, VOC_SYNONYMS, Vocabulary
+from diclip.vocabulary import BACKGROUND_WORDS, COCO_SYNONYMS, TEMPLATE, VOC_CLASSES, Vocabulary
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -69,7 +69,7 @@ class Settings(BaseModel):
     )
 
     preset: Literal["mini", "voc", "coco"] = Field("mini", description="where the other defaults come from")
-    method: Literal["clip", "diclip"] = Field("clip", description="the system")
+    method: Literal["clip", "clip-es", "excel", "diclip"] = Field("clip", description="the system")
 
     dataset: Literal["minivoc", "voc", "coco"] = Field("minivoc", description="the images")
     data_root: Folder = Field(Path("data"), description="folder that holds the datasets")
@@ -89,6 +89,12 @@ class Settings(BaseModel):
     norm_dim: Literal["token", "channel"] = Field("token", description="axis that features are normalised over")
     template: str = Field(TEMPLATE, pattern=r"^[^{}]*\{\}[^{}]*$", description="prompt, with {} for the name")
     background_words: Words = Field(BACKGROUND_WORDS, description="what is prompted for besides the classes")
+
+    attributes: Folder = Field(Path("diclip/sentences/minivoc.yaml"), description="file of sentences about every class")
+    attribute_prompts: bool = Field(True, description="begin each sentence with its class's prompt")
+    attribute_clusters: int = Field(20, ge=1, description="attributes that the sentences are summed up to")
+    attribute_share: float = Field(0.9, gt=0, le=1, description="share of them that each class takes up")
+    attribute_weight: float = Field(1.0, ge=0, description="weight of the attributes in a class's text")
 
     diffusion_model: Models = Field(("data/mini/diffusion",), description="folders or hub ids; the first that loads")
     diffusion_timesteps: Numbers = Field((101,), description="how noisy the images are that it looks at, of 1000")
@@ -123,6 +129,7 @@ class Settings(BaseModel):
 
     tau_box: float = Field(0.79, ge=0, le=1, description="share of a map's maximum that earns a box (CAA)")
     caa_layers: int = Field(6, ge=1, description="last blocks whose attention CAA averages")
+    gradcam_pool: Literal["patches", "model"] = Field("model", description="pooling that Grad-CAM differentiates")
     rar_rounds: int = Field(10, ge=0, description="steps along the diffusion's fine attention (RAR)")
     background: Background = Field("sweep", description="background score of raw maps; sweep: the best on tune")
     background_score: float = Field(0.5, ge=0, le=1, description="the fixed background score")
@@ -142,7 +149,7 @@ class Settings(BaseModel):
 
     def vocabulary(self, classes: tuple[str, ...] = VOC_CLASSES) -> Vocabulary:
         """Return the classes of a dataset, with what the settings say about them and their background."""
-        synonyms = {name: words for name, words in VOC_SYNONYMS.items() if name in classes}
+        synonyms = {name: words for name, words in COCO_SYNONYMS.items() if name in classes}
         return Vocabulary(classes, self.background_words, self.template, synonyms)
 
     @model_validator(mode="after")
@@ -181,9 +188,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "tune_split": "train",
         "baselines": False,
         "image_size": 320,
+        "gradcam_pool": "patches",
         "clip_model": "ViT-B-16-quickgelu",
         "clip_pretrained": "openai",
         "pixel_norm": "imagenet",
+        "attributes": "diclip/sentences/voc.yaml",
+        "attribute_clusters": 112,
         **_STABLE_DIFFUSION,
         "memory": "data/voc/memory.safetensors",
         "workers": 4,
@@ -193,11 +203,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "tune_split": "train",
         "baselines": False,
         "image_size": 320,
+        "gradcam_pool": "patches",
         "clip_model": "ViT-B-16-quickgelu",
         "clip_pretrained": "openai",
         "pixel_norm": "imagenet",
         "background_words": tuple(word for word in BACKGROUND_WORDS if word not in ("keyboard", "sign")),
         "tau_box": 0.88,
+        "attributes": "diclip/sentences/coco.yaml",
+        "attribute_clusters": 224,
         **_STABLE_DIFFUSION,
         "memory": "data/coco/memory.safetensors",
         "memory_pictures": 50,
@@ -206,9 +219,23 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+# What a system's paper chooses otherwise than the preset; mini's was chosen on MiniVOC's `tune`.
+METHODS: dict[str, dict[str, dict[str, Any]]] = {
+    "clip-es": {
+        "mini": {"tau_box": 0.4, "caa_layers": 8},
+        "voc": {"pixel_norm": "clip", "tau_box": 0.4, "caa_layers": 8},
+        "coco": {"pixel_norm": "clip", "tau_box": 0.7, "caa_layers": 8},
+    },
+    "excel": {
+        "mini": {"attention": "qkv", "surgery_blocks": 3},
+        "voc": {"attention": "qkv", "surgery_blocks": 5},
+        "coco": {"attention": "qkv", "surgery_blocks": 5},
+    },
+}
+
 
 def load_settings(preset: str = "mini", **overrides: Any) -> Settings:
-    """Return the settings of a preset with some of them changed; numbers may come as strings.
+    """Return the settings of a preset and a method with some of them changed; numbers may come as strings.
 
     Raises ValueError, in one line, for an unknown preset or name and for values that do not fit.
 
@@ -216,10 +243,18 @@ def load_settings(preset: str = "mini", **overrides: Any) -> Settings:
     """
     if preset not in PRESETS:
         raise ValueError(f"preset is {preset!r}, expected one of {', '.join(PRESETS)}")
+    chosen = METHODS.get(str(overrides.get("method")), {}).get(preset, {})
     try:
-        return Settings(preset=preset, **{**PRESETS[preset], **overrides})
+        return Settings(preset=preset, **{**PRESETS[preset], **chosen, **overrides})
     except ValidationError as error:
         raise ValueError("; ".join(map(_explain, error.errors()))) from None
+
+
+def for_method(settings: Settings, method: str) -> Settings:
+    """Return settings for another method: what is as the old one's defaults have it becomes the new one's."""
+    before, after = (load_settings(settings.preset, method=name) for name in (settings.method, method))
+    changed = {name: value for name, value in settings if value != getattr(before, name)}
+    return after.model_copy(update=changed)
 
 
 def _explain(error: Any) -> str:

@@ -20,6 +20,18 @@ VOC_SYNONYMS = {
     "person": "person with clothes,people,human",
     "tvmonitor": "tvmonitor screen",
 }
+# The same for COCO; the released list says "sknowboard" for snowboard, a slip that is not repeated here.
+COCO_SYNONYMS = {
+    **VOC_SYNONYMS,
+    "backpack": "backpack,bag",
+    "umbrella": "umbrella,parasol",
+    "handbag": "handbag,purse",
+    "tie": "necktie",
+    "baseball glove": "glove",
+    "spoon": "dessertspoon",
+    "remote": "remote control",
+    "hair drier": "hairdrier,blowdrier",
+}
 VOC_PROMPT_NAMES = tuple(VOC_SYNONYMS.get(name, name) for name in VOC_CLASSES)
 
 BACKGROUND_WORDS = (

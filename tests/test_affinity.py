@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from diclip.affinity import box_mask, caa, propagate, sinkhorn, transition
+from diclip.affinity import box_mask, caa, calibration, pair_affinity, propagate, sinkhorn, transition
 from diclip.cam import Maps
 
 
@@ -135,3 +136,32 @@ def test_bad_shapes_say_so_in_one_line():
         with pytest.raises(ValueError, match=message) as error:
             call()
         assert "\n" not in str(error.value)
+
+
+def test_pair_affinity_of_every_pair():
+    features = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(0))
+    for mean in ("batch", "image"):
+        affinity = pair_affinity(features, gain=2.0, mean=mean)
+        bias = calibration(features, gain=2.0, mean=mean)
+        flat = features.flatten(2).transpose(1, 2)
+        cosine = torch.stack([F.cosine_similarity(own[:, None], own[None], dim=-1) for own in flat])
+        for image in range(2):
+            logits = 2 * (cosine[image] - (cosine.mean() if mean == "batch" else cosine[image].mean()))
+            torch.testing.assert_close(affinity[image], logits.sigmoid())
+            for row, found in zip(logits, bias[image], strict=True):
+                weights = torch.where(row >= 0, row.exp(), 0)
+                torch.testing.assert_close(found, weights / weights.sum())
+    alone = torch.cat([pair_affinity(one[None], mean="image") for one in features])
+    torch.testing.assert_close(pair_affinity(features, mean="image"), alone)
+    assert not torch.allclose(pair_affinity(features, mean="batch"), alone)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -0.3])
+def test_a_constant_map_calibrates_without_nan(value):
+    bias = calibration(torch.full((1, 7, 3, 3), value))
+    torch.testing.assert_close(bias.sum(-1), torch.ones(1, 9))
+
+
+def test_pair_affinity_of_an_unknown_mean():
+    with pytest.raises(ValueError, match="mean is 'pixel', expected batch or image"):
+        pair_affinity(torch.ones(1, 2, 3, 3), mean="pixel")

@@ -37,8 +37,8 @@ def test_constraints_are_sorted_and_within_the_ranges():
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     assert lines == sorted(lines, key=lambda line: line.lower().split("=="))
     tested = {name: pin.removeprefix("==") for name, pin in ranges(lines).items()}
-    wanted = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]
-    for requirement in map(Requirement, wanted):
+    extras = PROJECT["optional-dependencies"]
+    for requirement in map(Requirement, PROJECT["dependencies"] + extras["test"] + extras["crf"]):
         assert requirement.specifier.contains(tested[canonicalize_name(requirement.name)]), requirement
 
 

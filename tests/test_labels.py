@@ -44,6 +44,21 @@ def test_labels_are_class_index_plus_one_and_background_wins_ties():
     assert to_labels(scores, torch.tensor([2, 7])).tolist() == [[0, 3, 8]]
 
 
+def test_pixels_that_are_not_sure_are_left_out():
+    scores = torch.tensor([[[0.05, 0.94, 0.96, 0.0]], [[0.95, 0.06, 0.04, 3.0]]])
+    assert to_labels(scores, torch.tensor([4]), confidence=0.95).tolist() == [[5, 255, 0, 5]]
+    assert to_labels(scores, torch.tensor([4]), confidence=0.95, ignore=99).tolist() == [[5, 99, 0, 5]]
+    assert to_labels(scores, torch.tensor([4])).tolist() == [[5, 0, 0, 5]]
+
+
+def test_confident_pseudo_labels_differ_in_what_they_leave_out(maps):
+    plain, sure = pseudo_labels(maps, SIZES), pseudo_labels(maps, SIZES, confidence=0.6)
+    for index, (all_of_them, some) in enumerate(zip(plain, sure, strict=True)):
+        left = some != 255
+        assert some[left].equal(all_of_them[left])
+        assert left.all() if index == 1 else left.any() and not left.all()
+
+
 def test_pseudo_labels_at_each_image_s_size(maps):
     masks = pseudo_labels(maps, SIZES)
     assert [tuple(mask.shape) for mask in masks] == SIZES

@@ -28,6 +28,17 @@ def test_overrides_win_over_the_preset():
     assert load_settings("voc", image_size=224).image_size == 224
 
 
+@pytest.mark.parametrize(
+    ("preset", "tau", "pool"), [("mini", 0.4, "model"), ("voc", 0.4, "patches"), ("coco", 0.7, "patches")]
+)
+def test_a_method_changes_a_preset_and_overrides_win(preset, tau, pool):
+    settings = load_settings(preset, method="clip-es")
+    assert (settings.tau_box, settings.caa_layers, settings.pixel_norm, settings.gradcam_pool) == (tau, 8, "clip", pool)
+    assert (load_settings(preset).tau_box, load_settings(preset).caa_layers) != (tau, 8)
+    assert load_settings(preset, method="clip-es", tau_box=0.5).tau_box == 0.5
+    assert load_settings(**settings.model_dump(mode="json")) == settings
+
+
 @given(st.integers(1, 10**6), st.floats(0, 1))
 def test_numbers_may_come_as_strings(batch_size, tau):
     settings = load_settings(batch_size=str(batch_size), tau_box=str(tau), baselines="false")
@@ -73,6 +84,7 @@ def test_no_background_words():
         ({"fine_heads": "first"}, "setting 'fine_heads' is 'first', but it should be a valid integer"),
         ({"device": "gpu"}, "pattern"),
         ({"shard_index": 2, "num_shards": 2}, "setting 'shard_index' is 2, expected 0 to 1"),
+        ({"method": "clipes"}, "setting 'method' is 'clipes', but it should be 'clip', 'clip-es'"),
         ({"preset": "imagenet"}, "preset is 'imagenet', expected one of mini, voc, coco"),
     ],
 )
@@ -113,6 +125,7 @@ def test_the_vocabulary_follows_the_settings():
     prompts = load_settings(template="a {}.", background_words="sky").vocabulary().prompts()
     assert len(prompts) == 21 and prompts[2] == "a bird avian." and prompts[-1] == "a sky."
     assert load_settings().vocabulary(("zebra", "bird")).prompt_names == ("zebra", "bird avian")
+    assert load_settings("coco").vocabulary(("tie", "bird")).prompt_names == ("necktie", "bird avian")
 
 
 def test_layers_are_those_of_the_mini_model():

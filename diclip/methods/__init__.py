@@ -50,6 +50,14 @@ def build_method(settings: Settings, clip: DenseCLIP | None = None) -> Method:
         from diclip.methods.clip import PlainCLIP
 
         return PlainCLIP(settings, clip)
+    if settings.method == "excel":
+        from diclip.methods.excel import ExCEL
+
+        return ExCEL(settings, clip)
+    if settings.method == "clip-es":
+        from diclip.methods.clip_es import CLIPES
+
+        return CLIPES(settings, clip)
     from diclip.diffusion import load_diffusion
     from diclip.memory import Memory
     from diclip.methods.diclip import DiCLIP

@@ -31,12 +31,12 @@ class PlainCLIP:
         self.vocabulary = vocabulary or settings.vocabulary()
         self.texts = clip.encode_text(self.vocabulary.prompts())
 
-    def cam(self, patches: Tensor, pooled: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Score patches (B, N, E) against the texts: (B, C, h, w) in [0, 1]."""
+    def cam(self, patches: Tensor, pooled: Tensor, grid: tuple[int, int], *, texts: Tensor | None = None) -> Tensor:
+        """Score patches (B, N, E) against texts (the method's own): (B, C, h, w) in [0, 1]."""
         maps = surgery_cam(
             patches,
             pooled,
-            self.texts,
+            self.texts if texts is None else texts,
             num_classes=len(self.vocabulary.classes),
             pooled_is_token=self.clip.pooled_is_token,
             norm_dim=self.settings.norm_dim,

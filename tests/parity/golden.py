@@ -27,6 +27,13 @@ class Golden:
             value = arrays[array]
         return value.tolist() if value.dtype.kind == "U" else torch.from_numpy(value)
 
+    def arrays(self) -> list[str]:
+        """Return the names of the file's arrays, none without a file."""
+        if not self.path.is_file():
+            return []
+        with np.load(self.path) as arrays:
+            return arrays.files
+
 
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Return the largest difference over the largest expected magnitude; shapes must be equal."""
