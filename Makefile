@@ -19,7 +19,7 @@ help:  ## list the targets
 
 .venv/ready-test: .venv/ready
 	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
-	$(BIN)/pip install -q -c constraints.txt -e '.[crf]' || echo "no dense CRF (it needs a C++ compiler): its tests are skipped"
+	$(BIN)/pip install -q -c constraints.txt -e '.[crf]' || echo "the dense CRF could not be installed (see above; it needs a C++ compiler): its tests are skipped"
 	@touch $@
 
 setup: .venv/ready  ## install into .venv

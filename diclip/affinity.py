@@ -47,7 +47,7 @@ def transition(attention: Tensor, *, layers: int = 6, affinity: Tensor | None = 
 def pair_logits(features: Tensor, *, gain: float = 3.0, mean: Literal["batch", "image"] = "batch") -> Tensor:
     """Return how much likelier than the average pair two places of a map (B, E, h, w) are one thing: (B, N, N).
 
-    It is gain · (cosine - mean cosine). "batch" is what WeCLIP, ExCEL and DiCLIP compute: one mean for the batch, so
+    It is gain · (cosine - mean cosine). "batch" is what ExCEL and DiCLIP compute: one mean for the batch, so
     that images (and an image and its mirror image) depend on one another; "image" takes each image's own. Raises
     ValueError for another mean.
     """
@@ -59,7 +59,7 @@ def pair_logits(features: Tensor, *, gain: float = 3.0, mean: Literal["batch", "
 
 
 def pair_affinity(features: Tensor, *, gain: float = 3.0, mean: Literal["batch", "image"] = "batch") -> Tensor:
-    """Return a decoder feature's (B, E, h, w) pair affinity (B, N, N) in [0, 1], for `transition` (WeCLIP; ExCEL)."""
+    """Return a decoder feature's (B, E, h, w) pair affinity (B, N, N) in [0, 1], for `transition` (ExCEL, DiCLIP)."""
     return pair_logits(features, gain=gain, mean=mean).sigmoid()
 
 

@@ -38,7 +38,7 @@ class CRF:
 
 
 PRESETS = {
-    "clip-es": CRF(1, 3, 67, 3, 4),  # pseudo labels of CLIP-ES, ExCEL and DiCLIP; WeakCLIP on COCO
+    "clip-es": CRF(1, 3, 67, 3, 4),  # CLIP-ES, ExCEL and DiCLIP, labels and segmentation; WeakCLIP on COCO
     "afa": CRF(3, 3, 64, 5, 4),  # segmentation of AFA, WeCLIP, WTCLIP
     "weakclip": CRF(3, 3, 83, 5, 3),  # WeakCLIP on VOC
     "psa": CRF(3, 3, 80, 13, 10),  # pseudo labels of PSA and DiG; WeakCLIP's boundary loss
@@ -62,7 +62,7 @@ def dense_crf(
     if workers < 0:
         raise ValueError(f"workers is {workers}, expected 0 or more")
     if not find_spec("pydensecrf"):
-        raise ValueError("found no package for the dense CRF: pip install pydensecrf2 (it needs a C++ compiler)")
+        raise ValueError("found no package for the dense CRF: pip install -e '.[crf]' (it needs a C++ compiler)")
     return _stream(scores, images, partial(_infer, preset), workers)
 
 

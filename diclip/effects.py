@@ -52,7 +52,7 @@ def measure_effects(settings: Settings, progress: Progress = silent) -> dict[str
         raise ValueError(
             f"dataset is {settings.dataset!r}, expected minivoc: effects need its masks of parts and objects"
         )
-    settings = settings.model_copy(update={"method": "diclip"})
+    settings = for_method(settings, "diclip")
     method = build_method(settings)
     assert isinstance(method, DiCLIP)
     memories = {

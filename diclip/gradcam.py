@@ -62,7 +62,8 @@ def softmax_gradcam(
         chunks.append(_explain(clip, tokens[i].detach(), texts.detach(), heard[i], c, pool))
     scores, weights, probabilities = (torch.cat(parts) for parts in zip(*chunks, strict=True))
     scores = scores.unflatten(1, grid)
-    # Twice, as released: probabilities make raw maxima of 1e-6 to 1e-3, too small beside the first stretch's 1e-7.
+    # Twice, as released: probabilities make raw maxima of 1e-6 to 1e-3, so small that the first
+    # stretch's 1e-7 counts: it leaves maxima of 0.9 to 0.9999.
     # The second leaves a maximum of 1 - 1e-7, which CAA cuts to the byte 254.
     for _ in range(2):
         scores = minmax(scores, (-2, -1), eps=1e-7)

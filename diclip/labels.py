@@ -48,8 +48,11 @@ def to_labels(scores: Tensor, label: Tensor, *, confidence: float = 0.0, ignore:
     """Return the mask (H, W), int64, of scores with background (1 + n, H, W); class index c becomes c + 1.
 
     The background wins ties. A pixel whose largest score is a smaller share of their sum than `confidence` is
-    `ignore`: CLIP-ES's confidence-guided loss (CVPR 2023) leaves out what a dense CRF is not .95 sure of.
+    `ignore`: CLIP-ES's confidence-guided loss (CVPR 2023) leaves out what a dense CRF is not .95 sure of. Raises
+    ValueError for a confidence outside of [0, 1].
     """
+    if not 0 <= confidence <= 1:
+        raise ValueError(f"confidence is {confidence}, expected 0 to 1: a share of the scores' sum")
     mask = F.pad(label + 1, (1, 0))[scores.argmax(0)]
     if not confidence:
         return mask
@@ -73,7 +76,8 @@ def pseudo_labels(
     With `confidence` pixels that are less sure are 255, for training: see `to_labels`. `refine` gets all images'
     scores with background, (1 + n, H, W) each, and returns them refined, in order:
 
-        pseudo_labels(maps, sizes, refine=lambda scores: par(scores, images))   # or dense_crf(scores, images)
+        pseudo_labels(maps, sizes, refine=lambda scores: par(scores, images))
+        pseudo_labels(maps, sizes, refine=lambda scores: dense_crf(scores, photographs))  # images at `sizes`
     """
     full, labels = [], []
     for index, size in enumerate(sizes):

@@ -219,7 +219,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# What a system's paper chooses otherwise than the preset; mini's was chosen on MiniVOC's `tune`.
+# What a system's paper chooses otherwise than the preset. mini takes VOC's, but for ExCEL's blocks: of 1 to 7, chosen
+# on MiniVOC's `tune`. A mini CLIP has fewer blocks than CAA's 8: all are taken.
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "clip-es": {
         "mini": {"tau_box": 0.4, "caa_layers": 8},

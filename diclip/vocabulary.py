@@ -31,6 +31,7 @@ COCO_SYNONYMS = {
     "spoon": "dessertspoon",
     "remote": "remote control",
     "hair drier": "hairdrier,blowdrier",
+    "tv": "tvmonitor screen",
 }
 VOC_PROMPT_NAMES = tuple(VOC_SYNONYMS.get(name, name) for name in VOC_CLASSES)
 

@@ -89,6 +89,6 @@ def test_bad_input_is_said_in_one_line(crf):
 
 def test_a_missing_package_is_said_before_anything_is_read(monkeypatch):
     monkeypatch.setattr("diclip.crf.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install pydensecrf2") as error:
+    with pytest.raises(ValueError, match="pip install -e") as error:
         dense_crf(iter([]), iter([]))
     assert "\n" not in str(error.value)

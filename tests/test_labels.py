@@ -105,3 +105,9 @@ def test_sweep_refuses_other_labels_and_scores(maps):
         BackgroundSweep(5).update(maps, [torch.full((3, 3), 6)])
     with pytest.raises(ValueError, match="ascending"):
         BackgroundSweep(5, scores=[0.5, 0.2])
+
+
+@pytest.mark.parametrize("confidence", [-0.1, 95])
+def test_a_confidence_is_a_share(confidence):
+    with pytest.raises(ValueError, match="expected 0 to 1"):
+        to_labels(torch.ones(2, 3, 3), torch.tensor([0]), confidence=confidence)
