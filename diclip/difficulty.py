@@ -19,6 +19,7 @@ from torch import Tensor
 from diclip.baselines import colour_texture_affinity
 from diclip.data import Batch, VOCFolder, batches, open_dataset
 from diclip.data.images import VOID, read_mask
+from diclip.data.voc import part_ids
 from diclip.evaluate import Progress, count_grabcut, silent
 from diclip.runs import environment
 from diclip.score import interval, mean, miou, pair_auc
@@ -100,11 +101,6 @@ def patches(dataset: VOCFolder, name: str) -> tuple[NDArray[Any], NDArray[Any], 
     shown = votes.max(1) >= 0.75
     part = np.where((parts == 1).sum(1) >= (parts == 2).sum(1), 1, 2)
     return cut(dataset.image(name).permute(1, 2, 0))[shown], votes[shown].argmax(1), part[shown]
-
-
-def part_ids(dataset: VOCFolder, name: str) -> Tensor:
-    """Read MiniVOC's part mask (H, W): 0 nothing, 1 the discriminative part, 2 the body of an object."""
-    return read_mask(dataset.root / "SegmentationPart" / f"{name}.png", num_classes=2)
 
 
 def describe(pixels: NDArray[Any]) -> NDArray[np.float32]:

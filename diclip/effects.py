@@ -19,7 +19,8 @@ from diclip.cam import normalise, surgery_scores
 from diclip.data import Batch, minivoc, open_dataset, squash
 from diclip.data.images import VOID
 from diclip.data.minivoc.backgrounds import COMPANION, PLACES
-from diclip.difficulty import majority, part_ids, same_object_auc
+from diclip.data.voc import part_ids
+from diclip.difficulty import majority, same_object_auc
 from diclip.evaluate import Progress, count_grabcut, loader, silent, swept, tune_sweeps
 from diclip.labels import pseudo_labels
 from diclip.methods import build_method
@@ -47,6 +48,8 @@ def measure_effects(settings: Settings, progress: Progress = silent) -> dict[str
     """
     if settings.method == "excel":
         return text_enrichment(settings, progress)
+    if len(settings.scales) > 1 or settings.scales[0] != 1 or settings.flip:
+        raise ValueError("scales and flip are set, but effects are measured at a single scale: leave them out")
     if settings.dataset != "minivoc":
         raise ValueError(
             f"dataset is {settings.dataset!r}, expected minivoc: effects need its masks of parts and objects"
