@@ -222,14 +222,16 @@ def brief(result: Result) -> Result:
     """Keep of an evaluation what fits a screen; --json shows all of it."""
     if "difficulty" in result:
         rows = [{"measure": name, **row} for name, row in result["difficulty"].items()]
-        return {"images": result["images"], "95 % bootstrap over images, and the bar to stay below": rows}
+        said = {name: result[name] for name in ("protocol", "images") if name in result}
+        return {**said, "95 % bootstrap over images, and the bar to stay below": rows}
     if result and all(isinstance(value, dict) and "null_is" in value for value in result.values()):
         columns = ("metric", "with", "without", "null", "null_is")
         rows = []
         for idea, effect in result.items():
             low, high = effect["interval"]
             rows.append({"idea": idea, **{name: effect[name] for name in columns}, "low": low, "high": high})
-        return {"with minus null (without one: minus without), 95 % bootstrap over images": rows}
+        title = "with minus null (without one: minus without), 95 % bootstrap over images"
+        return {"protocol": effect["protocol"], title: rows}
     if "recognised" in result:
         own = result["judge"]
         real = {"value": own["accuracy"], "low": own["low"], "high": own["high"]}

@@ -21,6 +21,7 @@ from diclip.data import Batch, VOCFolder, batches, open_dataset
 from diclip.data.images import VOID, read_mask
 from diclip.data.voc import part_ids
 from diclip.evaluate import Progress, count_grabcut, silent
+from diclip.report import origin
 from diclip.runs import environment
 from diclip.score import interval, mean, miou, pair_auc
 from diclip.settings import Settings
@@ -151,9 +152,11 @@ def measure_difficulty(settings: Settings, progress: Progress = silent) -> dict[
     for name, (counts, metric) in found.items():
         spread = interval(counts, metric=metric, generator=np.random.default_rng(settings.seed))
         rows[name] = {**{k: round(v, 4) for k, v in spread._asdict().items()}, "bar": BARS.get(name)}
+    images, versions = len(found["grabcut"][0]), environment()
     return {
+        "protocol": origin(settings, versions, images=images) | {"seeds": f"{settings.seed} (one run)"},
         "difficulty": rows,
-        "images": len(found["grabcut"][0]),
+        "images": images,
         "settings": settings.model_dump(mode="json"),
-        "versions": environment(),
+        "versions": versions,
     }

@@ -75,12 +75,8 @@ def protocol(settings: Settings, versions: dict[str, Any], *, images: int, masks
 
     `masks` is where somebody else's masks come from, of which nothing else is known.
     """
-    world = f"minivoc (seed {settings.minivoc_seed})" if settings.dataset == "minivoc" else settings.dataset
-    shard = f", shard {settings.shard_index} of {settings.num_shards}" if settings.num_shards > 1 else ""
-    where = {"split": f"{settings.split} of {world}, {images} images{shard}"}
-    packages = versions.get("packages", {})
-    state = (versions.get("commit") or "no commit")[:7] + (" with changes" if versions.get("changed") else "")
-    run = {"versions": f"diclip {versions.get('diclip')} ({state}), torch {packages.get('torch')}"}
+    where = origin(settings, versions, images=images)
+    run = {"versions": where.pop("versions")}
     if masks is not None:
         unknown = dict.fromkeys(("scales", "flip", "CRF", "seeds", "masks used for choosing"), "not known")
         return {**where, "masks": masks, **unknown, **run}
@@ -95,6 +91,18 @@ def protocol(settings: Settings, versions: dict[str, Any], *, images: int, masks
         "seeds": f"{settings.seed} (one run)",
         "masks used for choosing": chosen if settings.background == "sweep" else "none",
         **run,
+    }
+
+
+def origin(settings: Settings, versions: dict[str, Any], *, images: int) -> dict[str, str]:
+    """Return in words which images a number is of, and which versions made it."""
+    world = f"minivoc (seed {settings.minivoc_seed})" if settings.dataset == "minivoc" else settings.dataset
+    shard = f", shard {settings.shard_index} of {settings.num_shards}" if settings.num_shards > 1 else ""
+    packages = versions.get("packages", {})
+    state = (versions.get("commit") or "no commit")[:7] + (" with changes" if versions.get("changed") else "")
+    return {
+        "split": f"{settings.split} of {world}, {images} images{shard}",
+        "versions": f"diclip {versions.get('diclip')} ({state}), torch {packages.get('torch')}",
     }
 
 
@@ -132,6 +140,10 @@ def closely(result: dict[str, Any]) -> dict[str, Any]:
             {"rung": name, **row} for name, row in result.get("errors", {}).items()
         ],
     }
+    last = list(result["ladder"])[-1]
+    tables[f"classes that {last} takes for another, per cent of their pixels"] = [
+        *result.get("confusions", {}).get(last, [])[:5]
+    ]
     if "worst" in result:
         tables[f"worst images of {result['worst']['rung']}"] = result["worst"]["images"]
     return {title: rows for title, rows in tables.items() if rows}

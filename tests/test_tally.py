@@ -1,6 +1,7 @@
 """Test what is counted of masks beyond their classes, against counts made a pixel at a time."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from diclip.score import boundary_counts, image_counts, part_counts
+from diclip.cam import Maps
+from diclip.labels import BackgroundSweep, pseudo_labels
+from diclip.score import boundary_counts, image_counts, interval, part_counts
 from diclip.tally import Ledger, Tally, confusions, dense_of, errors_of, extremes, rows_of, size_rates
 
 CLASSES = 3
@@ -133,3 +136,42 @@ def test_extremes_say_what_went_wrong(images):
     missed = ((guess == 0) & (truth % 255 > 0)).sum() / (truth != 255).sum()
     assert row["object missed"] == pytest.approx(100 * missed, abs=0.005)
     assert found["best"][0]["object missed"] == 0
+
+
+def test_eighty_classes_cost_no_more_than_twenty(record_property):
+    """What an image holds is counted, whatever the dataset could: less than 1.3 times the seconds, at their fastest."""
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randint(0, 4, (4, 8, 8), generator=generator).repeat_interleave(32, 1).repeat_interleave(32, 2)
+    image, label = torch.arange(4).repeat_interleave(3), torch.arange(3).repeat(4)
+    maps = Maps(torch.rand(12, 20, 20, generator=generator), image, label)
+
+    def seconds(classes: int) -> float:
+        start = time.process_time()
+        tally, ledger, sweep = Tally(classes), Ledger(classes), BackgroundSweep(classes)
+        for _ in range(3):
+            sweep.update(maps, truth)
+            for mask, target in zip(pseudo_labels(maps, [(256, 256)] * 4), truth, strict=True):
+                ledger.add("a", tally.add(mask, target))
+        return time.process_time() - start
+
+    seconds(80)
+    twenty, eighty = (min(times) for times in zip(*((seconds(20), seconds(80)) for _ in range(7)), strict=True))
+    record_property("80 classes over 20", round(eighty / twenty, 2))
+    assert eighty < 1.3 * twenty
+
+
+def test_resamples_of_many_classes_cost_what_images_hold(record_property):
+    random = np.random.default_rng(0)
+    seconds = {}
+    for classes in (20, 80):
+        counts = np.zeros((1000, classes + 1, 3), np.int64)
+        for row in counts:
+            row[random.choice(classes + 1, 3, replace=False)] = random.integers(1, 100, (3, 3))
+        times = []
+        for _ in range(4):
+            start = time.process_time()
+            interval(counts, generator=np.random.default_rng(0), metric=lambda sums: sums[:, 0, 0])
+            times.append(time.process_time() - start)
+        seconds[classes] = min(times)
+    record_property("80 classes over 20", round(seconds[80] / seconds[20], 2))
+    assert seconds[80] < 1.3 * seconds[20]
