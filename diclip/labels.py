@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 from typing import Literal
 
 import torch
@@ -117,7 +116,7 @@ class BackgroundSweep:
             beaten = torch.bucketize(scores.amax(0), self.scores.to(scores.device))
             shape = (len(truth), len(label), self._counts.shape[2])
             cell = (place[mask[known]] * shape[1] + scores.argmax(0)[known]) * shape[2] + beaten[known]
-            counts = cell.bincount(minlength=prod(shape)).view(shape).cpu()
+            counts = cell.bincount(minlength=shape[0] * shape[1] * shape[2]).view(shape).cpu()
             self._counts.index_put_((truth.cpu()[:, None], (label + 1).cpu()), counts, accumulate=True)
 
     def confusion(self) -> Tensor:
