@@ -35,11 +35,32 @@ def run(args: argparse.Namespace) -> Result:
 
 
 def evaluate(args: argparse.Namespace) -> Result:
-    from diclip.evaluate import evaluate
     from diclip.runs import progress
 
     named = {name: getattr(args, name) for name in ("method", "split", "ablate") if getattr(args, name)}
-    return evaluate(_settings(args, **named), progress)
+    settings = _settings(args, **named)
+    if args.export:
+        from diclip.export import export_voc
+
+        kind, folder = args.export
+        if kind != "voc":
+            raise ValueError(f"export format is {kind!r}, expected voc: --export voc FOLDER")
+        return export_voc(settings, folder, progress, rung=args.rung)
+    counts = None if args.json in (None, "-") else Path(args.json).with_suffix(".npz")
+    if args.masks:
+        from diclip.evaluate import finish
+        from diclip.outside import measure_masks
+
+        return finish(measure_masks(settings, args.masks, progress), counts)
+    from diclip.evaluate import evaluate
+
+    return evaluate(settings, progress, counts=counts)
+
+
+def compare(args: argparse.Namespace) -> Result:
+    from diclip.compare import compare_results
+
+    return compare_results(args.before, args.after, rung=args.rung)
 
 
 def pretrain(args: argparse.Namespace) -> Result:
@@ -139,6 +160,17 @@ def parser() -> argparse.ArgumentParser:
     scored.add_argument("--method", help="the system, as --set method=…")
     scored.add_argument("--split", help="the images, as --set split=…")
     scored.add_argument("--ablate", action="store_true", help="also without each part, as --set ablate=true")
+    scored.add_argument(
+        "--masks", type=Path, metavar="FOLDER", help="score these PNG or npy masks, of whomever, instead"
+    )
+    scored.add_argument(
+        "--export", nargs=2, metavar=("voc", "FOLDER"), help="pack predictions for VOC's server instead"
+    )
+    scored.add_argument("--rung", help="what --export predicts with (default: the last)")
+    compared = command("compare", compare, "tell how much better one stored result is than another, image by image")
+    compared.add_argument("before", type=Path, help="what `diclip evaluate --json FILE` wrote")
+    compared.add_argument("after", type=Path, help="the same of another method, other settings or other masks")
+    compared.add_argument("--rung", help="compare this rung of both (default: the last, and all of the same name)")
     model = command("pretrain", pretrain, "train one of the two embedded models")
     model.add_argument("model", choices=("clip", "diffusion"))
     command("memory", memory, "generate pictures of every class and build DiCLIP's memory from them")
@@ -190,14 +222,16 @@ def brief(result: Result) -> Result:
     """Keep of an evaluation what fits a screen; --json shows all of it."""
     if "difficulty" in result:
         rows = [{"measure": name, **row} for name, row in result["difficulty"].items()]
-        return {"images": result["images"], "95 % bootstrap over images, and the bar to stay below": rows}
+        said = {name: result[name] for name in ("protocol", "images") if name in result}
+        return {**said, "95 % bootstrap over images, and the bar to stay below": rows}
     if result and all(isinstance(value, dict) and "null_is" in value for value in result.values()):
         columns = ("metric", "with", "without", "null", "null_is")
         rows = []
         for idea, effect in result.items():
             low, high = effect["interval"]
             rows.append({"idea": idea, **{name: effect[name] for name in columns}, "low": low, "high": high})
-        return {"with minus null (without one: minus without), 95 % bootstrap over images": rows}
+        title = "with minus null (without one: minus without), 95 % bootstrap over images"
+        return {"protocol": effect["protocol"], title: rows}
     if "recognised" in result:
         own = result["judge"]
         real = {"value": own["accuracy"], "low": own["low"], "high": own["high"]}
@@ -205,23 +239,9 @@ def brief(result: Result) -> Result:
         return {"recognised in per cent, 95 % bootstrap over pictures": rows, "generated, by class": result["classes"]}
     if "miou_one_minus_max" not in result:
         return {name: brief(value) if isinstance(value, dict) else value for name, value in result.items()}
-    settings, rows = result["settings"], []
-    for kind, spread in (("ladder", "intervals"), ("baselines", "baseline_intervals")):
-        for name, value in result[kind].items():
-            low, high = result[spread][name]
-            both = {rule: result[f"miou_{rule}"].get(name) for rule in ("tuned_background", "one_minus_max")}
-            rows.append({"rung": name, "mIoU": value, "low": low, "high": high, **both})
-    lost = [
-        {"rung": name, "mIoU lost": value, "low": low, "high": high}
-        for name, (value, low, high) in result["lost"].items()
-    ]
-    return {
-        "method": settings["method"],
-        "images": f"{result['images']} of {settings['dataset']}, split {settings['split']}",
-        "mIoU in per cent, 95 % bootstrap over images": rows,
-        **({"what each part is worth, paired bootstrap": lost} if lost else {}),
-        "recognition in per cent": result["recognition"],
-    }
+    from diclip.report import on_screen
+
+    return on_screen(result)
 
 
 def text(result: Result) -> str:

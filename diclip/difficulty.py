@@ -19,7 +19,9 @@ from torch import Tensor
 from diclip.baselines import colour_texture_affinity
 from diclip.data import Batch, VOCFolder, batches, open_dataset
 from diclip.data.images import VOID, read_mask
+from diclip.data.voc import part_ids
 from diclip.evaluate import Progress, count_grabcut, silent
+from diclip.report import origin
 from diclip.runs import environment
 from diclip.score import interval, mean, miou, pair_auc
 from diclip.settings import Settings
@@ -102,11 +104,6 @@ def patches(dataset: VOCFolder, name: str) -> tuple[NDArray[Any], NDArray[Any], 
     return cut(dataset.image(name).permute(1, 2, 0))[shown], votes[shown].argmax(1), part[shown]
 
 
-def part_ids(dataset: VOCFolder, name: str) -> Tensor:
-    """Read MiniVOC's part mask (H, W): 0 nothing, 1 the discriminative part, 2 the body of an object."""
-    return read_mask(dataset.root / "SegmentationPart" / f"{name}.png", num_classes=2)
-
-
 def describe(pixels: NDArray[Any]) -> NDArray[np.float32]:
     """Describe patches (n, 8, 8, 3): pixels, spectrum of the grey values, mean and spread of colour (n, 238)."""
     grey = pixels.mean(-1)
@@ -155,9 +152,11 @@ def measure_difficulty(settings: Settings, progress: Progress = silent) -> dict[
     for name, (counts, metric) in found.items():
         spread = interval(counts, metric=metric, generator=np.random.default_rng(settings.seed))
         rows[name] = {**{k: round(v, 4) for k, v in spread._asdict().items()}, "bar": BARS.get(name)}
+    images, versions = len(found["grabcut"][0]), environment()
     return {
+        "protocol": origin(settings, versions, images=images) | {"seeds": f"{settings.seed} (one run)"},
         "difficulty": rows,
-        "images": len(found["grabcut"][0]),
+        "images": images,
         "settings": settings.model_dump(mode="json"),
-        "versions": environment(),
+        "versions": versions,
     }

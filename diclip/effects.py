@@ -20,7 +20,8 @@ from diclip.correlation import alike
 from diclip.data import Batch, minivoc, open_dataset, squash
 from diclip.data.images import VOID
 from diclip.data.minivoc.backgrounds import COMPANION, PLACES
-from diclip.difficulty import majority, part_ids, same_object_auc
+from diclip.data.voc import part_ids
+from diclip.difficulty import majority, same_object_auc
 from diclip.evaluate import Progress, count_grabcut, loader, silent, swept, tune_sweeps
 from diclip.labels import pseudo_labels
 from diclip.methods import build_method
@@ -29,6 +30,8 @@ from diclip.methods.diclip import DiCLIP
 from diclip.methods.excel import ExCEL
 from diclip.nulls import NULLS, RAW, Beside, enrichments, shuffled, untrained
 from diclip.remember import remember_crops
+from diclip.report import protocol
+from diclip.runs import environment
 from diclip.score import Metric, boundary_counts, image_counts, mean, miou, paired_interval, part_counts
 from diclip.settings import Settings, for_method
 from diclip.vocabulary import Vocabulary
@@ -46,6 +49,8 @@ def measure_effects(settings: Settings, progress: Progress = silent) -> dict[str
     what it was measured. With the method `excel` it is what needs no diffusion model. Raises ValueError for a dataset
     without parts and objects, and what `build_method` raises.
     """
+    if settings.scales != (1.0,) or settings.flip:
+        raise ValueError("scales and flip are set, but effects are measured at a single scale: leave them out")
     if settings.method == "excel":
         return text_enrichment(settings, progress)
     if settings.dataset != "minivoc":
@@ -63,7 +68,7 @@ def measure_effects(settings: Settings, progress: Progress = silent) -> dict[str
     background = tune_nulls(settings, beside, progress)
     scored, parts, boundaries, tags = count(settings, beside, background, progress)
     scored["grabcut"] = count_grabcut(settings, progress)
-    about = {"split": settings.split, "images": len(tags), "seed": settings.seed, "unit": "per cent"}
+    about = told(settings, len(tags))
 
     def effect(
         metric: str, found: Mapping[str, Counted], *names: str, value: Metric = miou, **more: Any
@@ -99,6 +104,12 @@ def measure_effects(settings: Settings, progress: Progress = silent) -> dict[str
         | knowledge(settings, beside, about, progress)
         | text_enrichment(settings, progress)
     )
+
+
+def told(settings: Settings, images: int) -> dict[str, Any]:
+    """Return what stands beside each effect."""
+    about = {"split": settings.split, "images": images, "seed": settings.seed, "unit": "per cent"}
+    return about | {"protocol": protocol(settings, environment(), images=images)}
 
 
 def share(counts: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -205,7 +216,7 @@ def co_occurrence(
     counts = {name: {kind: np.stack(found) for kind, found in kinds.items()} for name, kinds in wrong.items()}
     return {
         f"co-occurrence{name}": compare("background taken for an object", kinds, value=share, seed=settings.seed)
-        | {"split": settings.split, "images": count, "seed": settings.seed, "unit": "per cent"}
+        | told(settings, count)
         for name, kinds in counts.items()
     }
 
@@ -270,7 +281,7 @@ def text_enrichment(settings: Settings, progress: Progress = silent) -> dict[str
             counts = torch.stack([((best == truth) & inside).sum(1), inside.sum(1)], 1)
             found[name].append(counts.cpu().numpy())
     counts = {name: np.concatenate(each) for name, each in found.items()}
-    about = {"split": settings.split, "images": len(counts["enriched"]), "seed": settings.seed, "unit": "per cent"}
+    about = told(settings, len(counts["enriched"]))
     return {"text enrichment": compare("patch-text accuracy", counts, value=share, seed=settings.seed) | about}
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,20 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from diclip.baselines import grabcut
-from diclip.data import Batch, batches, open_dataset
-from diclip.labels import BackgroundSweep, pseudo_labels
+from diclip.cam import Maps
+from diclip.compare import save_counts
+from diclip.data import Batch, VOCFolder, batches, open_dataset
+from diclip.data.voc import has_parts, part_ids
+from diclip.labels import BackgroundSweep, Rule, pseudo_labels
 from diclip.methods import Method, Rungs, build_method
+from diclip.report import recognition, report
 from diclip.runs import environment
-from diclip.score import Counts, image_counts, interval, miou, paired_interval, summary, tag_average_precision
+from diclip.score import Counts, image_counts, miou
 from diclip.settings import Settings
+from diclip.tally import Ledger, Tally
+from diclip.tta import views
+
+__all__ = ["Evaluation", "choose_background", "evaluate", "measure", "recognition", "report"]
 
 Progress = Callable[..., Iterable[Any]]
 
@@ -32,8 +41,9 @@ class Evaluation:
     """What was counted, per image, of each rung under both background rules, and of the baselines.
 
     `tuned` uses the background score that was best on `tune`, `one_minus_max` uses 1 - max; counts are
-    (images, 1 + classes, 3). Both hold the ladder and what the system was compared with or left without.
-    `similarity` and `tags` (images, classes) tell how well CLIP names the images.
+    (images, 1 + classes, 3). Both hold the ladder and what the system was compared with or left without; `tallies`
+    hold what else was counted of the ladder under each rung's own rule. `similarity` and `tags` (images, classes)
+    tell how well CLIP names the images; `masks` is where masks come from that no method of ours made.
     """
 
     settings: Settings
@@ -43,14 +53,16 @@ class Evaluation:
     refined: tuple[str, ...]
     ablations: tuple[str, ...]
     background: dict[str, float]
-    tuned: dict[str, Counts]
-    one_minus_max: dict[str, Counts]
-    baselines: dict[str, Counts]
-    similarity: NDArray[np.float64]
-    tags: NDArray[np.bool_]
+    tuned: Mapping[str, Counts]
+    one_minus_max: Mapping[str, Counts]
+    baselines: Mapping[str, Counts]
+    similarity: NDArray[np.float32] | None = None
+    tags: NDArray[np.bool_] | None = None
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    masks: str | None = None
     versions: dict[str, Any] = field(default_factory=environment)
 
-    def rule(self, name: str) -> dict[str, Counts]:
+    def rule(self, name: str) -> Mapping[str, Counts]:
         """Return the counts under a rung's own rule: the tuned score for raw rungs, 1 - max for all others."""
         raw = name in self.ladder and name not in self.refined
         return self.tuned if raw else self.one_minus_max
@@ -72,18 +84,16 @@ def measure(settings: Settings, progress: Progress = silent, *, method: Method |
     if not len(dataset):
         raise ValueError(f"shard {settings.shard_index} of split {settings.split!r} has no images: use fewer shards")
     classes = dataset.class_names
-    counted: dict[str, dict[str, list[Counts]]] = {"tuned": {}, "one_minus_max": {}}
+    counter = _Counter(method, dataset, background)
     names, similarity, tags = [], [], []
     for batch in progress(loader(dataset, settings), desc=f"{settings.method} on {settings.split}"):
-        for rung, maps in method.rungs(batch):
-            for kind, rule in (("tuned", "fixed"), ("one_minus_max", "one_minus_max")):
-                score = background[rung]
-                masks = pseudo_labels(maps, batch.sizes, rule=rule, score=score, restretch=method.restretch)
-                counted[kind].setdefault(rung, []).append(_count(masks, batch, len(classes)))
+        parts = [part_ids(dataset, name) if has_parts(dataset) else None for name in batch.names]
+        for rung, maps in views(method, batch, settings):
+            counter.add(rung, maps, batch, parts)
         names += batch.names
         similarity.append(class_similarity(method, batch.images))
         tags.append(_multi_hot(batch, len(classes)))
-    kinds = {kind: {rung: np.concatenate(c) for rung, c in rungs.items()} for kind, rungs in counted.items()}
+    one_minus_max = counter.ledgers["one_minus_max"]
     baselines = {"grabcut": count_grabcut(settings, progress)} if settings.baselines else {}
     return Evaluation(
         settings=settings,
@@ -91,13 +101,40 @@ def measure(settings: Settings, progress: Progress = silent, *, method: Method |
         classes=classes,
         ladder=(*method.raw, *method.refined),
         refined=method.refined,
-        ablations=tuple(name for name in method.ablations if name in kinds["tuned"]),
-        background={rung: background[rung] for rung in kinds["tuned"]},
-        **kinds,
-        baselines=baselines | {name: kinds["one_minus_max"][name] for name in method.baselines},
+        ablations=tuple(name for name in method.ablations if name in one_minus_max),
+        background={rung: background[rung] for rung in one_minus_max},
+        tuned=counter.ledgers["fixed"],
+        one_minus_max=one_minus_max,
+        baselines=baselines | {name: one_minus_max[name] for name in method.baselines},
         similarity=np.concatenate(similarity),
         tags=np.concatenate(tags),
+        tallies=counter.tallies,
     )
+
+
+class _Counter:
+    """Count all maps of a method's batches under both background rules, those of the ladder closely under its own."""
+
+    def __init__(self, method: Method, dataset: VOCFolder, background: Mapping[str, float]) -> None:
+        self.method, self.background, self.classes = method, background, len(dataset.class_names)
+        self.ledgers = {rule: Ledger(self.classes) for rule in ("fixed", "one_minus_max")}
+        self.tallies = {name: Tally(self.classes) for name in (*method.raw, *method.refined)}
+
+    def add(self, rung: str, maps: Maps, batch: Batch, parts: Sequence[torch.Tensor | None]) -> None:
+        for rule, ledger in self.ledgers.items():
+            how = {"score": self.background[rung], "restretch": self.method.restretch}
+            masks = pseudo_labels(maps, batch.sizes, rule=rule, **how)
+            close = rung in self.tallies and rule == own_rule(self.method, rung)
+            for mask, truth, ids in zip(masks, batch.masks, parts, strict=True):
+                if close:
+                    ledger.add(rung, self.tallies[rung].add(mask.cpu(), truth, ids))
+                else:
+                    ledger.add(rung, image_counts(mask.cpu(), truth, num_classes=self.classes))
+
+
+def own_rule(method: Method, rung: str) -> Rule:
+    """Return the background rule that a rung is shown under: the score chosen on `tune` for raw maps, or 1 - max."""
+    return "fixed" if rung in method.raw else "one_minus_max"
 
 
 def choose_background(settings: Settings, method: Method, progress: Progress = silent) -> dict[str, float]:
@@ -118,7 +155,7 @@ def tune_sweeps(settings: Settings, method: Rungs, progress: Progress = silent) 
     dataset = open_dataset(chosen)
     sweeps: dict[str, BackgroundSweep] = {}
     for batch in progress(loader(dataset, chosen), desc=f"background on {chosen.split}"):
-        for rung, maps in method.rungs(batch):
+        for rung, maps in views(method, batch, settings):
             sweep = sweeps.setdefault(rung, BackgroundSweep(len(dataset.class_names)))
             sweep.update(maps, batch.masks, restretch=method.restretch)
     return sweeps
@@ -131,11 +168,11 @@ def swept(sweep: BackgroundSweep) -> NDArray[np.float64]:
     return miou(np.stack([hits, confusion.sum(1), confusion.sum(2)], -1))
 
 
-def class_similarity(method: Method, images: torch.Tensor) -> NDArray[np.float64]:
+def class_similarity(method: Method, images: torch.Tensor) -> NDArray[np.float32]:
     """Return the cosine of images (B, 3, H, W) and class prompts, (B, C): what names an image without tags."""
     encoded = method.clip.encode(images, surgery_blocks=0, tokens=None, need_attention=False)
     texts = method.texts[: len(method.vocabulary.classes)]
-    return (F.normalize(encoded.pooled, dim=-1) @ texts.T).cpu().double().numpy()
+    return (F.normalize(encoded.pooled, dim=-1) @ texts.T).cpu().float().numpy()
 
 
 def count_grabcut(settings: Settings, progress: Progress = silent) -> Counts:
@@ -150,53 +187,16 @@ def count_grabcut(settings: Settings, progress: Progress = silent) -> Counts:
     return np.stack(counts)
 
 
-def recognition(similarity: NDArray[np.float64], tags: NDArray[np.bool_]) -> dict[str, float | None]:
-    """Return, in per cent, how often the best class is an image's only tag, and the tags' mean average precision."""
-    single = tags.sum(1) == 1
-    top = similarity[single].argmax(1)
-    right = tags[single][np.arange(len(top)), top]
-    accuracy = float(100 * right.mean()) if len(top) else None
-    return {"single_tag_top1": accuracy, "tag_map": tag_average_precision(similarity, tags)}
+def evaluate(settings: Settings, progress: Progress = silent, *, counts: Path | None = None) -> dict[str, Any]:
+    """Measure and report: what `diclip evaluate` does; `counts` is a file for per-image counts, for `compare`."""
+    return finish(measure(settings, progress), counts)
 
 
-def report(found: Evaluation) -> dict[str, Any]:
-    """Lay an evaluation out for JSON: ladder, intervals, gains from rung to rung, baselines, what was chosen."""
-
-    def rng() -> np.random.Generator:
-        return np.random.default_rng(found.settings.seed)
-
-    rungs = {name: found.rung(name) for name in found.ladder}
-    whole = rungs[found.ladder[-1]]
-    spread = {name: interval(counts, generator=rng()) for name, counts in rungs.items()}
-    gains = {}
-    for before, after in zip(found.ladder, found.ladder[1:], strict=False):
-        rule = found.rule(after)  # for both, or a change of rule would count as a gain
-        gains[f"{before} to {after}"] = paired_interval(rule[before], rule[after], generator=rng())
-    baselines = {name: interval(counts, generator=rng()) for name, counts in found.baselines.items()}
-    lost = {name: paired_interval(found.rung(name), whole, generator=rng()) for name in found.ablations}
-    return {
-        "ladder": {name: round(x.value, 2) for name, x in spread.items()},
-        "intervals": {name: [round(x.low, 2), round(x.high, 2)] for name, x in spread.items()},
-        "gains": {name: [round(v, 2) for v in x] for name, x in gains.items()},
-        "baselines": {name: round(x.value, 2) for name, x in baselines.items()},
-        "baseline_intervals": {name: [round(x.low, 2), round(x.high, 2)] for name, x in baselines.items()},
-        "lost": {name: [round(v, 2) for v in x] for name, x in lost.items()},
-        "recognition": {
-            k: None if v is None else round(v, 2) for k, v in recognition(found.similarity, found.tags).items()
-        },
-        "background_on_tune": found.background,
-        "miou_tuned_background": _mious(found.tuned),
-        "miou_one_minus_max": _mious(found.one_minus_max),
-        "classes": {name: _round(summary(c, found.classes, generator=rng())["classes"]) for name, c in rungs.items()},
-        "images": len(found.names),
-        "settings": found.settings.model_dump(mode="json"),
-        "versions": found.versions,
-    }
-
-
-def evaluate(settings: Settings, progress: Progress = silent) -> dict[str, Any]:
-    """Measure and report: what `diclip evaluate` does."""
-    return report(measure(settings, progress))
+def finish(found: Evaluation, counts: Path | None) -> dict[str, Any]:
+    """Report an evaluation, and keep its per-image counts if there is a file to keep them in."""
+    if counts is not None:
+        save_counts(counts, found)
+    return report(found)
 
 
 def loader(dataset: Any, settings: Settings) -> Iterable[Batch]:
@@ -204,21 +204,8 @@ def loader(dataset: Any, settings: Settings) -> Iterable[Batch]:
     return batches(dataset, image_size=settings.image_size, batch_size=settings.batch_size, workers=settings.workers)
 
 
-def _count(masks: Sequence[torch.Tensor], batch: Batch, classes: int) -> Counts:
-    pairs = zip(masks, batch.masks, strict=True)
-    return np.stack([image_counts(mask.cpu(), truth, num_classes=classes) for mask, truth in pairs])
-
-
 def _multi_hot(batch: Batch, classes: int) -> NDArray[np.bool_]:
     tags = np.zeros((len(batch), classes), bool)
     for row, found in zip(tags, batch.tags, strict=True):
         row[found.numpy()] = True
     return tags
-
-
-def _mious(counts: dict[str, Counts]) -> dict[str, float]:
-    return {name: round(float(miou(c.sum(0))), 2) for name, c in counts.items()}
-
-
-def _round(classes: dict[str, dict[str, float | None]]) -> dict[str, dict[str, float | None]]:
-    return {name: {k: None if v is None else round(v, 2) for k, v in rates.items()} for name, rates in classes.items()}

@@ -117,11 +117,17 @@ class BackgroundSweep:
             if (mask[known] >= len(self._counts)).any():
                 worst, top = int(mask[known].max()), len(self._counts) - 1
                 raise ValueError(f"mask {index} holds label {worst}, expected 0 to {top} or {self.ignore}")
-            winner = torch.zeros_like(mask) if not len(label) else label[scores.argmax(0)] + 1
-            beaten = torch.bucketize(_largest(scores), self.scores.to(scores.device))
-            shape = self._counts.shape
-            cell = (mask * shape[1] + winner) * shape[2] + beaten
-            self._counts += cell[known].bincount(minlength=self._counts.numel()).view(shape).cpu()
+            if not len(label):
+                scores, label = scores.new_zeros(1, *mask.shape), label.new_full((1,), -1)  # background alone
+            # An image has few classes: to count among these costs the same whatever the dataset has.
+            truth = mask[known].bincount(minlength=len(self._counts)).nonzero()[:, 0]
+            place = torch.zeros(len(self._counts), dtype=torch.long, device=mask.device)
+            place[truth] = torch.arange(len(truth), device=mask.device)
+            beaten = torch.bucketize(scores.amax(0), self.scores.to(scores.device))
+            shape = (len(truth), len(label), self._counts.shape[2])
+            cell = (place[mask[known]] * shape[1] + scores.argmax(0)[known]) * shape[2] + beaten[known]
+            counts = cell.bincount(minlength=shape[0] * shape[1] * shape[2]).view(shape).cpu()
+            self._counts.index_put_((truth.cpu()[:, None], (label + 1).cpu()), counts, accumulate=True)
 
     def confusion(self) -> Tensor:
         """Return the pixel counts (scores tried, truth, prediction)."""

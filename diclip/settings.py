@@ -54,6 +54,7 @@ Attention = Literal["qk", "qq", "kk", "vv", "identity", "3identity", "bias", "qk
 Background = Literal["fixed", "sweep"]
 Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 Models = Annotated[tuple[Model, ...], BeforeValidator(_words), Field(min_length=1)]
+Scales = Annotated[tuple[Annotated[float, Field(gt=0, le=4)], ...], BeforeValidator(_words), Field(min_length=1)]
 Numbers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_words), Field(min_length=1)]
 
 
@@ -133,6 +134,10 @@ class Settings(BaseModel):
     rar_rounds: int = Field(10, ge=0, description="steps along the diffusion's fine attention (RAR)")
     background: Background = Field("sweep", description="background score of raw maps; sweep: the best on tune")
     background_score: float = Field(0.5, ge=0, le=1, description="the fixed background score")
+
+    scales: Scales = Field((1.0,), description="sizes that maps are averaged over, of image_size")
+    flip: bool = Field(False, description="also look at mirror images")
+    flip_join: Literal["mean", "max"] = Field("mean", description="what joins a map with its mirror image's")
 
     baselines: bool = Field(True, description="also score what needs no learning")
     ablate: bool = Field(False, description="also score the system without each of its parts")

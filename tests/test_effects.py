@@ -98,6 +98,7 @@ def test_the_table(settings, monkeypatch):
     for name, effect in found.items():
         assert {"metric", "with", "without", "null", "interval", "split", "images"} <= set(effect), name
         assert effect["interval"][0] <= effect["interval"][1] and effect["split"] == "val"
+        assert effect["protocol"]["scales"] == "1 of 128 px" and "versions" in effect["protocol"], name
     assert found["visual correlation enhancement"]["images"] == 6
     assert found["the same in scenes of several tags"]["images"] < 6
     assert found["visual correlation enhancement"]["strengths"]["vce"] == 3.0
@@ -115,6 +116,8 @@ def test_the_table(settings, monkeypatch):
 def test_other_datasets_are_refused(settings):
     with pytest.raises(ValueError, match="expected minivoc"):
         effects.measure_effects(settings.model_copy(update={"dataset": "voc"}))
+    with pytest.raises(ValueError, match="effects are measured at a single scale"):
+        effects.measure_effects(settings.model_copy(update={"flip": True}))
 
 
 def test_smoothness_is_one_for_equal_patches(settings, beside):

@@ -8,9 +8,11 @@ import pytest
 from PIL import Image
 
 from diclip.clip import load_clip
+from diclip.data import batches, open_dataset
 from diclip.evaluate import choose_background, evaluate, measure, recognition, report
 from diclip.labels import pseudo_labels
 from diclip.methods import build_method
+from diclip.report import protocol
 from diclip.score import miou
 from diclip.settings import Settings, load_settings
 from diclip.vocabulary import VOC_CLASSES
@@ -63,12 +65,76 @@ def test_the_report(settings):
     assert load_settings(**found["settings"]) == settings
     assert {"torch", "open_clip_torch"} <= set(found["versions"]["packages"])
     assert 0 <= found["recognition"]["tag_map"] <= 100
+    assert (
+        found["protocol"].items()
+        >= {
+            "split": "val of minivoc (seed 0), 6 images",
+            "tags": "given",
+            "scales": "1 of 128 px",
+            "flip": "no",
+            "CRF": "no",
+            "seeds": "0 (one run)",
+            "masks used for choosing": "tune, for background scores",
+        }.items()
+    )
+
+
+def test_the_report_says_what_went_wrong(settings, clip):
+    """Count all pixels of each rung again, under its own rule."""
+    method = build_method(settings, clip)
+    measured = measure(settings, method=method)
+    found = json.loads(json.dumps(report(measured), allow_nan=False))
+    wrong = {rung: np.zeros(3) for rung in ("clip", "intra", "caa")}
+    dataset, pixels = open_dataset(settings), 0
+    for batch in batches(dataset, image_size=128, batch_size=1):
+        (truth,) = batch.masks
+        pixels += int((truth != 255).sum())
+        for rung, maps in method.rungs(batch):
+            rule = "one_minus_max" if rung == "caa" else "fixed"
+            (mask,) = pseudo_labels(maps, batch.sizes, rule=rule, score=measured.background[rung])
+            off, known = mask != truth, truth != 255
+            kinds = (off & (truth == 0), off & (truth > 0) & (mask > 0) & known, off & known & (mask == 0))
+            wrong[rung] += [int(kind.sum()) for kind in kinds]
+    for rung, counts in wrong.items():
+        assert list(found["errors"][rung].values()) == pytest.approx(100 * counts / pixels, abs=0.006)
+        assert set(found["sizes"][rung]) == {"small", "medium", "large"}
+        assert sum(size["regions"] for size in found["sizes"][rung].values()) == measured.tags.sum()
+        precision = [x["precision"] for x in found["classes"][rung].values() if x["precision"] is not None]
+        assert found["rates"][rung]["precision"] == pytest.approx(np.mean(precision), abs=0.01)
+        assert {"boundary IoU", "part recall", "body recall"} < set(found["rates"][rung])
+    assert found["confusion"]["rung"] == found["worst"]["rung"] == found["best"]["rung"] == "caa"
+    hits = np.trace(found["confusion"]["truth by prediction"])
+    assert hits == measured.rung("caa")[..., 0].sum() == pixels - wrong["caa"].sum()
+    worst, best = ([row["mIoU"] for row in found[name]["images"]] for name in ("worst", "best"))
+    assert worst == sorted(worst) and best == sorted(best, reverse=True) and best[0] >= worst[-1]
+
+
+def test_a_dataset_without_parts_has_no_recall_on_them(settings, clip, world):
+    shutil.rmtree(world / "minivoc-0/SegmentationPart")
+    settings = settings.model_copy(update={"data_root": world, "background": "fixed"})
+    found = report(measure(settings, method=build_method(settings, clip)))
+    assert list(found["rates"]["caa"]) == ["precision", "recall", "boundary IoU"]
+    assert found["protocol"]["masks used for choosing"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"scales": (0.5, 1.0, 1.5), "flip": True}, {"scales": "0.5, 1, 1.5 of 128 px", "flip": "mean"}),
+        ({"flip": True, "flip_join": "max", "seed": 3}, {"flip": "max", "seeds": "3 (one run)"}),
+        ({"split": "tune"}, {"masks used for choosing": "tune (the images that are scored), for background scores"}),
+        ({"dataset": "voc", "num_shards": 4}, {"split": "val of voc, 9 images, shard 0 of 4"}),
+    ],
+)
+def test_the_protocol_names_what_was_done(changed, said):
+    versions = {"diclip": "1.2", "commit": "0123456789", "changed": "", "packages": {"torch": "2.11"}}
+    found = protocol(load_settings(**changed), versions, images=9)
+    assert found.items() >= said.items()
+    assert found["versions"] == "diclip 1.2 (0123456), torch 2.11"
 
 
 def test_counts_are_those_of_the_pseudo_labels(settings, clip):
     """Count again, a pixel at a time, what the report says of one rung."""
-    from diclip.data import batches, open_dataset
-
     settings = settings.model_copy(update={"background": "fixed", "background_score": 0.3})
     method = build_method(settings, clip)
     found = measure(settings, method=method)

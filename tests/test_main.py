@@ -24,6 +24,7 @@ REPORT = {
     "recognition": {"single_tag_top1": None, "tag_map": 61.5},
     "classes": {"clip": {}},
     "images": 1000,
+    "protocol": {"split": "val of voc, 1000 images", "scales": "1 of 320 px"},
 }
 
 
@@ -56,7 +57,8 @@ def test_help_lists_commands_and_settings(capsys):
 def test_evaluate_passes_settings_and_prints_what_fits_a_screen(fake, capsys):
     seen = []
 
-    def evaluate(settings, progress):
+    def evaluate(settings, progress, counts):
+        assert counts is None
         seen.append(settings)
         return {**REPORT, "settings": settings.model_dump(mode="json")}
 
@@ -67,7 +69,9 @@ def test_evaluate_passes_settings_and_prints_what_fits_a_screen(fake, capsys):
     assert seen == [load_settings("voc", **expected)]
     assert capsys.readouterr().out.splitlines() == [
         "method: clip",
-        "images: 1000 of voc, split train",
+        "protocol:",
+        "  split: val of voc, 1000 images",
+        "  scales: 1 of 320 px",
         "mIoU in per cent, 95 % bootstrap over images:",
         "  rung      mIoU    low   high  tuned_background  one_minus_max",
         "  clip     24.06  22.00  26.50             24.06          20.00",
@@ -99,7 +103,8 @@ def test_a_real_report_fits_the_screen():
         tags=np.eye(5, 2, dtype=bool),
     )
     lines = text(brief(evaluate.report(found))).splitlines()
-    assert lines[1] == "images: 5 of minivoc, split val"
+    assert lines[:3] == ["method: clip", "protocol:", "  split: val of minivoc (seed 0), 5 images"]
+    lines = lines[lines.index("mIoU in per cent, 95 % bootstrap over images:") - 2 :]
     assert [line.split()[:2] for line in lines[4:7]] == [[name, "40.00"] for name in ("clip", "caa", "grabcut")]
     assert lines[7:10] == [
         "what each part is worth, paired bootstrap:",
@@ -139,7 +144,7 @@ def test_run_refuses_other_yaml(tmp_path, capsys, content, message):
     "error", [ValueError("no\n  such\nthing"), FileNotFoundError("no such thing"), OSError("no such thing")]
 )
 def test_errors_are_one_line(fake, capsys, error):
-    def evaluate(settings, progress):
+    def evaluate(settings, progress, counts):
         raise error
 
     fake("diclip.evaluate", evaluate=evaluate)

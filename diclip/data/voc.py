@@ -20,6 +20,7 @@ from diclip.vocabulary import VOC_CLASSES, Vocabulary
 
 IMAGE_FOLDER, IMAGE_SUFFIXES = "JPEGImages", (".jpg", ".png", ".jpeg")
 MASK_FOLDERS = ("SegmentationClass", "SegmentationClassAug")  # the second for the images of SBD
+PART_FOLDER = "SegmentationPart"
 LIST_FOLDER = "ImageSets/Segmentation"
 
 
@@ -138,6 +139,16 @@ class VOCFolder(Dataset[Sample]):
         if not names:
             raise ValueError(f"{shown(path)}: found no image, expected a name a line: copy the file again")
         return names
+
+
+def has_parts(dataset: VOCFolder) -> bool:
+    """Tell whether a dataset says which pixels are an object's discriminative part and which its body."""
+    return (dataset.root / PART_FOLDER).is_dir()
+
+
+def part_ids(dataset: VOCFolder, name: str) -> Tensor:
+    """Read MiniVOC's part mask (H, W): 0 nothing, 1 the discriminative part, 2 the body of an object."""
+    return read_mask(dataset.root / PART_FOLDER / f"{name}.png", num_classes=2)
 
 
 def _first(paths: Sequence[Path]) -> Path:

@@ -1,6 +1,14 @@
 """MiniVOC: a small drawn world with PASCAL VOC's classes and with what makes weak supervision hard."""
 
-from diclip.data.minivoc.dataset import SPLITS, minivoc_folder, palette, scene_of, write_minivoc, write_pretrain
+from diclip.data.minivoc.dataset import (
+    SPLITS,
+    minivoc_folder,
+    palette,
+    save_mask,
+    scene_of,
+    write_minivoc,
+    write_pretrain,
+)
 from diclip.data.minivoc.render import Rendered, render
 from diclip.data.minivoc.scene import (
     CLASSES,
@@ -27,6 +35,7 @@ __all__ = [
     "palette",
     "render",
     "sample_scene",
+    "save_mask",
     "scene_of",
     "with_distractor",
     "without_part",
