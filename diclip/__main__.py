@@ -42,6 +42,14 @@ def evaluate(args: argparse.Namespace) -> Result:
     return evaluate(_settings(args, **named), progress)
 
 
+def bench(args: argparse.Namespace) -> Result:
+    from diclip.bench import bench
+    from diclip.runs import progress
+
+    named = {"bench_stages": args.stages} if args.stages else {}
+    return bench(_settings(args, **named, **({"random_weights": True} if args.random_weights else {})), progress)
+
+
 def pretrain(args: argparse.Namespace) -> Result:
     from diclip.pretrain import pretrain
     from diclip.runs import progress
@@ -139,6 +147,9 @@ def parser() -> argparse.ArgumentParser:
     scored.add_argument("--method", help="the system, as --set method=…")
     scored.add_argument("--split", help="the images, as --set split=…")
     scored.add_argument("--ablate", action="store_true", help="also without each part, as --set ablate=true")
+    timed = command("bench", bench, "time each stage, and compare it with a plain reference")
+    timed.add_argument("--stages", metavar="cam,rar…", help="only these, in that order, as --set bench_stages=…")
+    timed.add_argument("--random-weights", action="store_true", help="as --set random_weights=true")
     model = command("pretrain", pretrain, "train one of the two embedded models")
     model.add_argument("model", choices=("clip", "diffusion"))
     command("memory", memory, "generate pictures of every class and build DiCLIP's memory from them")
@@ -191,6 +202,11 @@ def brief(result: Result) -> Result:
     if "difficulty" in result:
         rows = [{"measure": name, **row} for name, row in result["difficulty"].items()]
         return {"images": result["images"], "95 % bootstrap over images, and the bar to stay below": rows}
+    if "rows" in result and "skipped" in result:
+        from diclip.bench import conditions, digits
+
+        rows = [{k: digits(v) if isinstance(v, float) else v for k, v in row.items()} for row in result["rows"]]
+        return {conditions(result): rows, **({"skipped": result["skipped"]} if result["skipped"] else {})}
     if result and all(isinstance(value, dict) and "null_is" in value for value in result.values()):
         columns = ("metric", "with", "without", "null", "null_is")
         rows = []
