@@ -50,10 +50,13 @@ def random_diffusion(*, seed: int = 0, device: str | torch.device = "cpu") -> Di
         tokenizer = CLIPTokenizer.from_pretrained(build_tokenizer(Path(folder)))
     text = {"hidden_size": 1024, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 16}
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        text_encoder = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **text, **ids))
     pipeline = StableDiffusionPipeline(
         unet=_filled(UNet2DConditionModel, UNET, seed),
         vae=_filled(AutoencoderKL, VAE, seed),
-        text_encoder=CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **text, **ids)),
+        text_encoder=text_encoder,
         tokenizer=tokenizer,
         scheduler=PNDMScheduler(skip_prk_steps=True, steps_offset=1),
         safety_checker=None,
@@ -61,7 +64,7 @@ def random_diffusion(*, seed: int = 0, device: str | torch.device = "cpu") -> Di
         requires_safety_checker=False,
     )
     half = torch.device(device).type == "cuda"  # as `load_diffusion` does
-    return Diffusion(pipeline.to(device, torch.float16 if half else torch.float32))
+    return Diffusion(pipeline.to(device, torch.float16) if half else pipeline.to(device))
 
 
 def _filled(kind: type[nn.Module], config: dict[str, Any], seed: int) -> nn.Module:
