@@ -11,7 +11,7 @@ import diclip.bench
 from diclip.__main__ import brief, main, text
 from diclip.affinity import caa
 from diclip.bench import STAGES, bench, bench_table, reference
-from diclip.bench.measure import Unequal, _first, measure, measure_reference
+from diclip.bench.measure import Unequal, _once, measure, measure_reference
 from diclip.bench.stages import build, pictures, prepare
 from diclip.bench.weights import random_clip
 from diclip.cam import Maps, surgery_cam
@@ -127,7 +127,7 @@ def test_one_call_stands_for_all_where_time_is_short(settings, inputs):
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peaks are reset on Linux alone")
 def test_peak_is_that_of_the_call():
     del (before := {"larger": torch.ones(100_000_000)})["larger"]
-    seconds, peak, result = _first(lambda: torch.ones(25_000_000).sum().item(), torch.device("cpu"))
+    seconds, peak, result = _once(lambda: torch.ones(25_000_000).sum().item(), torch.device("cpu"))
     assert not before and result == 25_000_000 and seconds > 0
     assert 95 < peak < 130
 
