@@ -63,6 +63,14 @@ def compare(args: argparse.Namespace) -> Result:
     return compare_results(args.before, args.after, rung=args.rung)
 
 
+def bench(args: argparse.Namespace) -> Result:
+    from diclip.bench import bench
+    from diclip.runs import progress
+
+    named = {"bench_stages": args.stages} if args.stages else {}
+    return bench(_settings(args, **named, **({"random_weights": True} if args.random_weights else {})), progress)
+
+
 def pretrain(args: argparse.Namespace) -> Result:
     from diclip.pretrain import pretrain
     from diclip.runs import progress
@@ -171,6 +179,9 @@ def parser() -> argparse.ArgumentParser:
     compared.add_argument("before", type=Path, help="what `diclip evaluate --json FILE` wrote")
     compared.add_argument("after", type=Path, help="the same of another method, other settings or other masks")
     compared.add_argument("--rung", help="compare this rung of both (default: the last, and all of the same name)")
+    timed = command("bench", bench, "time each stage, and compare it with a plain reference")
+    timed.add_argument("--stages", metavar="cam,rar…", help="only these, in that order, as --set bench_stages=…")
+    timed.add_argument("--random-weights", action="store_true", help="as --set random_weights=true")
     model = command("pretrain", pretrain, "train one of the two embedded models")
     model.add_argument("model", choices=("clip", "diffusion"))
     command("memory", memory, "generate pictures of every class and build DiCLIP's memory from them")
@@ -224,6 +235,11 @@ def brief(result: Result) -> Result:
         rows = [{"measure": name, **row} for name, row in result["difficulty"].items()]
         said = {name: result[name] for name in ("protocol", "images") if name in result}
         return {**said, "95 % bootstrap over images, and the bar to stay below": rows}
+    if "rows" in result and "skipped" in result:
+        from diclip.bench import conditions, digits
+
+        rows = [{k: digits(v) if isinstance(v, float) else v for k, v in row.items()} for row in result["rows"]]
+        return {conditions(result): rows, **({"skipped": result["skipped"]} if result["skipped"] else {})}
     if result and all(isinstance(value, dict) and "null_is" in value for value in result.values()):
         columns = ("metric", "with", "without", "null", "null_is")
         rows = []

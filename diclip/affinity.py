@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diclip.cam import Maps
+from diclip.cam import Maps, by_image
 
 
 def sinkhorn(affinity: Tensor, *, iterations: int = 3) -> Tensor:
@@ -19,13 +19,21 @@ def sinkhorn(affinity: Tensor, *, iterations: int = 3) -> Tensor:
     return affinity
 
 
-def transition(attention: Tensor, *, layers: int = 6, affinity: Tensor | None = None, iterations: int = 3) -> Tensor:
+def transition(
+    attention: Tensor,
+    *,
+    layers: int = 6,
+    affinity: Tensor | None = None,
+    iterations: int = 3,
+    squared: bool = True,
+) -> Tensor:
     """Turn an encoder's attention (L, B, 1 + N, 1 + N) into steps between patches (B, N, N).
 
     The last `layers` maps, class token dropped, are averaged, balanced, made symmetric and squared (CLIP-ES,
     CVPR 2023, class-aware attention-based affinity). A learned pair affinity (B, N, N) in [0, 1] keeps of
     them those whose gap Σ(affinity - map) is at most the average gap, and multiplies their mean (WeCLIP, CVPR
-    2024; ExCEL; DiCLIP). Raises ValueError for shapes that do not fit.
+    2024; ExCEL; DiCLIP). Without `squared` it is one half of such a step. Raises ValueError for shapes that do not
+    fit.
     """
     if attention.ndim != 4 or attention.shape[2] != attention.shape[3] or len(attention) < layers:
         raise ValueError(f"attention is {tuple(attention.shape)}, expected (>= {layers}, B, 1 + N, 1 + N)")
@@ -41,7 +49,7 @@ def transition(attention: Tensor, *, layers: int = 6, affinity: Tensor | None = 
         mean = (maps * kept).sum(0) / kept.sum(0) * affinity
     balanced = sinkhorn(mean, iterations=iterations)
     balanced = (balanced + balanced.transpose(-2, -1)) / 2
-    return balanced @ balanced
+    return balanced @ balanced if squared else balanced
 
 
 def pair_logits(features: Tensor, *, gain: float = 3.0, mean: Literal["batch", "image"] = "batch") -> Tensor:
@@ -148,5 +156,11 @@ def caa(
 
     The result is not stretched to [0, 1]. Source: CLIP-ES, CVPR 2023; with `affinity` WeCLIP, CVPR 2024.
     """
-    steps = transition(attention, layers=layers, affinity=affinity)
-    return propagate(maps, steps, threshold=threshold, full_border=full_border)
+    inside = box_mask(maps.scores, threshold=threshold, full_border=full_border)
+
+    def take(own: Maps, images: slice) -> Tensor:
+        learned = None if affinity is None else affinity[images]
+        half = transition(attention[:, images], layers=layers, affinity=learned, squared=False)
+        return spread(spread(own, half), half).scores  # two steps of a few maps are cheaper than a square (N, N)
+
+    return by_image(maps.with_scores(maps.scores * inside), attention.shape[1], take)

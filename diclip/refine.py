@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diclip.affinity import spread
-from diclip.cam import Maps, minmax
+from diclip.cam import Maps, by_image, minmax
 
 
 def entropy_step(affinity: Tensor, *, rate: float = 0.02) -> Tensor:
@@ -51,14 +51,18 @@ def rar(maps: Maps, attention: Tensor, *, rounds: int, grid: tuple[int, int], ca
         raise ValueError(f"attention is {found}, expected (B, {m}, {m}) for {h}x{w} tokens")
     if rounds < 0:
         raise ValueError(f"rounds is {rounds}, expected 0 or more")
-    steps = sharpen(attention)
-    # DiCLIP makes maps sum to 1 after each round. Rows of steps sum to 1, so shift and scale of a map pass
-    # through them to the last stretch: stretching each round ends in the same maps, and keeps float32's digits.
-    scores = minmax(maps.scores.float(), (-2, -1))  # before the resizing: a constant map is then exactly 0
-    maps = maps.with_scores(_resize(scores, (h, w)))
-    for _ in range(rounds):
-        maps = maps.with_scores(minmax(spread(maps, steps).scores, (-2, -1)))
-    return maps.with_scores(minmax(_resize(maps.scores, (canvas, canvas)), (-2, -1)))
+
+    def follow(own: Maps, images: slice) -> Tensor:
+        steps = sharpen(attention[images])
+        # DiCLIP makes maps sum to 1 after each round. Rows of steps sum to 1, so shift and scale of a map pass
+        # through them to the last stretch: stretching each round ends in the same maps, and keeps float32's digits.
+        scores = minmax(own.scores.float(), (-2, -1))  # before the resizing: a constant map is then exactly 0
+        own = own.with_scores(_resize(scores, (h, w)))
+        for _ in range(rounds):
+            own = own.with_scores(minmax(spread(own, steps).scores, (-2, -1)))
+        return minmax(_resize(own.scores, (canvas, canvas)), (-2, -1))
+
+    return by_image(maps, len(attention), follow)
 
 
 def _resize(scores: Tensor, size: tuple[int, int]) -> Tensor:

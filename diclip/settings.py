@@ -55,6 +55,8 @@ Background = Literal["fixed", "sweep"]
 Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 Models = Annotated[tuple[Model, ...], BeforeValidator(_words), Field(min_length=1)]
 Scales = Annotated[tuple[Annotated[float, Field(gt=0, le=4)], ...], BeforeValidator(_words), Field(min_length=1)]
+Stage = Literal["encoder", "cam", "diffusion", "acr", "caa", "rar", "par", "crf"]
+Stages = Annotated[tuple[Stage, ...], BeforeValidator(_words)]
 Numbers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_words), Field(min_length=1)]
 
 
@@ -145,6 +147,13 @@ class Settings(BaseModel):
     pretrain_pictures: int = Field(60_000, ge=64, description="rendered pictures that a mini model learns from")
     pretrain_steps: int = Field(0, ge=0, description="steps of a mini model's training; 0: its recipe's")
     max_minutes: float = Field(0, ge=0, description="stop a training after that time, to be resumed; 0: never")
+
+    bench_stages: Stages = Field((), description="what is timed, in that order; none named: all that runs here")
+    bench_images: int = Field(4, ge=1, description="images at a time, in the benchmark")
+    bench_tags: int = Field(3, ge=1, le=len(VOC_CLASSES), description="classes present in each of them")
+    bench_repeats: int = Field(7, ge=1, description="times that a stage is timed; the median counts")
+    bench_seconds: float = Field(30, ge=0, description="start no further repeat after that time, at each stage")
+    random_weights: bool = Field(False, description="time models with random weights, which need no download")
 
     batch_size: int = Field(16, ge=1, description="images at a time")
     workers: int = Field(0, ge=0, description="processes that read images")

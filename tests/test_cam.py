@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diclip.cam import Maps, flip_max, minmax, normalise, pack, surgery_cam, surgery_scores
+from diclip.cam import Maps, by_image, flip_max, minmax, normalise, pack, surgery_cam, surgery_scores
 
 
 def features(batch=2, n=12, e=8, texts=7):
@@ -47,6 +47,8 @@ def test_extremes_over_patches_or_over_class_token_too():
 def test_scores_have_no_shared_part_and_batch_equals_loop():
     patches, pooled, texts = features()
     scores = surgery_scores(patches, pooled, texts)
+    for all_of_them, some in zip(scores, surgery_scores(patches, pooled, texts, first=3), strict=True):
+        torch.testing.assert_close(some, all_of_them[..., :3])
     for score in scores:
         torch.testing.assert_close(score.mean(-1), torch.zeros(score.shape[:-1]), atol=1e-6, rtol=0)
     alone = surgery_scores(patches[1:], pooled[1:], texts)
@@ -98,6 +100,21 @@ def test_no_tags_no_maps(tags):
     maps = pack(torch.rand(len(tags), 4, 2, 3), [torch.tensor(t, dtype=torch.long) for t in tags])
     assert isinstance(maps, Maps) and maps.scores.shape == (0, 2, 3)
     assert maps.dense(2, 4).equal(torch.zeros(2, 4, 2, 3))
+
+
+@pytest.mark.parametrize("device", ["cpu"] + ["cuda"] * torch.cuda.is_available())
+def test_maps_by_image_keep_their_order(device):
+    image = torch.tensor([2, 0, 2, 3], device=device)
+    maps = Maps(torch.rand(4, 2, 3, device=device), image, torch.tensor([1, 0, 3, 2], device=device))
+    gain = torch.tensor([1.0, 10.0, 100.0, 1000.0], device=device)
+    scaled = by_image(maps, 4, lambda own, images: own.scores.sum(2) * gain[images][own.image][:, None])
+    torch.testing.assert_close(scaled.scores, maps.scores.sum(2) * gain[image][:, None])
+    assert scaled.image is maps.image and scaled.label is maps.label
+
+
+def test_maps_of_an_image_that_is_not_there():
+    maps = Maps(torch.rand(2, 2, 3), torch.tensor([0, 2]), torch.tensor([1, 0]))
+    assert "0 to 2, expected 0 to 1" in one_line(by_image, maps, 2, lambda own, images: own.scores)
 
 
 def one_line(call, *args, **options):

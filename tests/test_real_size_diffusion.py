@@ -6,32 +6,16 @@ import time
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from diclip.bench.weights import random_diffusion
 from diclip.cam import Maps
 from diclip.correlation import acr, cluster, correlate
 from diclip.data import squash
 from diclip.diffusion import Diffusion
 from diclip.labels import pseudo_labels
-from diclip.pretrain.tokenizer import build_tokenizer
 from diclip.refine import rar
 from diclip.settings import load_settings
 from diclip.taps import attentions, diclip_layers
-
-UNET = {  # stabilityai/stable-diffusion-2-1-base, as its mirrors have it
-    "sample_size": 64,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "attention_head_dim": (5, 10, 20, 20),  # the numbers of heads, in diffusers' naming
-    "cross_attention_dim": 1024,
-    "use_linear_projection": True,
-}
-VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-}
 
 
 def peak() -> float:
@@ -39,37 +23,9 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def filled(kind: type, config: dict) -> torch.nn.Module:
-    """Make a model without its own slow initialisation: weights repeat a million normal numbers, over √fan-in."""
-    with torch.device("meta"):
-        model = kind(**config)
-    numbers = torch.randn(999_983, generator=torch.Generator().manual_seed(0))
-    for name, weight in model.to_empty(device="cpu").named_parameters():
-        flat = weight.data.view(-1)
-        for chunk in flat.split(len(numbers)):
-            chunk.copy_(numbers[: len(chunk)])
-        flat *= weight[0].numel() ** -0.5 if weight.ndim > 1 else 0
-        if "norm" in name and name.endswith("weight"):
-            flat += 1
-    return model
-
-
 @pytest.fixture(scope="module")
-def diffusion(tmp_path_factory) -> Diffusion:
-    tokenizer = CLIPTokenizer.from_pretrained(build_tokenizer(tmp_path_factory.mktemp("tokenizer")))
-    text = {"hidden_size": 1024, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 16}
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    pipeline = StableDiffusionPipeline(
-        unet=filled(UNet2DConditionModel, UNET),
-        vae=filled(AutoencoderKL, VAE),
-        text_encoder=CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **text, **ids)),
-        tokenizer=tokenizer,
-        scheduler=PNDMScheduler(skip_prk_steps=True, steps_offset=1),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    return Diffusion(pipeline)
+def diffusion() -> Diffusion:
+    return random_diffusion()
 
 
 def test_stable_diffusion_2_1_at_320_pixels(diffusion, photograph, record_property):

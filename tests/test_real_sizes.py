@@ -3,10 +3,10 @@
 import resource
 import time
 
-import open_clip
 import pytest
 import torch
 
+from diclip.bench.weights import random_clip
 from diclip.clip import DenseCLIP
 from diclip.data import Batch, squash
 from diclip.labels import pseudo_labels
@@ -24,9 +24,7 @@ def peak() -> float:
 
 @pytest.fixture(scope="module")
 def vit() -> DenseCLIP:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return DenseCLIP(open_clip.create_model("ViT-B-16-quickgelu"), open_clip.get_tokenizer("ViT-B-16-quickgelu"))
+    return random_clip()
 
 
 def test_vit_b_16_at_320_pixels(vit, photograph, record_property):
