@@ -23,7 +23,7 @@ def read_attributes(path: str | Path, classes: Sequence[str]) -> dict[str, tuple
     """
     form = "write each class's name and below it a list of sentences, as in diclip/sentences/voc.yaml"
     if not Path(path).is_file():
-        raise ValueError(f"there are no attributes at {shown(path)}: {form}, and pass attributes=FILE")
+        raise ValueError(f"there are no attributes at {shown(path)}: {form}, and name it in the setting attributes")
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

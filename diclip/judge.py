@@ -14,6 +14,7 @@ from diclip.data import open_dataset, squash
 from diclip.diffusion import load_diffusion
 from diclip.evaluate import Progress, silent
 from diclip.pretrain.data import Pictures, augment, render_pictures
+from diclip.pretrain.diffusion import SPLITS
 from diclip.pretrain.loop import Schedule
 from diclip.remember import generate_classes
 from diclip.runs import environment, pick_device
@@ -158,8 +159,8 @@ def judge_generated(settings: Settings, progress: Progress = silent) -> dict[str
 
 
 def open_pictures(settings: Settings, progress: Progress = silent) -> Pictures:
-    """Open the settings' number of pretraining pictures and half as many of the studio's; render what is not there."""
-    counts = {"pretrain": settings.pretrain_pictures, "studio": settings.pretrain_pictures // 2}
+    """Open what the diffusion model learns from, at the settings' number of pictures; render what is not there."""
+    counts = {split: round(settings.pretrain_pictures * share) for split, share in SPLITS.items()}
     return Pictures.join(*render_pictures(settings.data_root, counts, progress=progress))
 
 

@@ -65,6 +65,7 @@ class Settings(BaseModel):
     whose choices were made on MiniVOC's `tune`; `voc` and `coco` take the published ones.
 
     Relative paths are relative to the repository, never to the working directory, and are written so to JSON.
+    `load_settings` knows what presets and methods choose otherwise, `for_method` changes the method.
     """
 
     model_config = ConfigDict(

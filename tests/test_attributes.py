@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import tomllib
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from diclip.attributes import attribute_bank, enrich, hunt, read_attributes
 from diclip.clip import load_clip
 from diclip.settings import PRESETS, ROOT, load_settings
-from diclip.vocabulary import VOC, VOC_CLASSES, Vocabulary
+from diclip.vocabulary import BACKGROUND_WORDS, VOC, VOC_CLASSES, Vocabulary
 
 SENTENCES = {"cat": ["soft fur", "long whiskers"], "dog": ["a wet nose"], "bus": ["rows of windows", "big wheels"]}
 WORDS = Vocabulary(("dog", "cat"), ("grass",), synonyms={"cat": "cat kitten"})
@@ -152,6 +153,22 @@ def test_shipped_sentences_are_of_every_class_and_fit_the_models_context(preset)
     tokens = open_clip.get_tokenizer(model)(full)
     assert (tokens.argmax(1) < tokens.shape[1] - 1).all()  # the end, which has the highest id, is not at the last place
     assert len(tokens.unique(dim=0)) == len(full)
+
+
+def test_no_sentence_names_another_class_or_a_background_word():
+    """They are to tell a class from the others, and background words take from it what they explain better."""
+    others = {
+        "diningtable": ("dining table",),
+        "pottedplant": ("potted plant",),
+        "tvmonitor": ("television", "monitor"),
+    }
+    others |= {"person": ("person", "people", "man", "woman", "child"), "motorbike": ("motorbike", "motorcycle")}
+    names = {name: others.get(name, (name,)) for name in VOC_CLASSES}
+    own_sentences = read_attributes(load_settings("voc").attributes, VOC_CLASSES)
+    for name, own in own_sentences.items():
+        foreign = {word for other in names if other != name for word in names[other]} | set(BACKGROUND_WORDS)
+        pattern = re.compile(rf"\b({'|'.join(foreign)})s?\b", re.IGNORECASE)
+        assert not [text for text in own if pattern.search(text)], name
 
 
 def test_mini_sentences_are_of_words_that_the_mini_clip_has_read():

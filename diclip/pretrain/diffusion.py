@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel
 
+from diclip.data.minivoc.dataset import PRETRAIN_SIDE
 from diclip.pretrain.data import Pictures, augment, write_captions
 from diclip.pretrain.loop import Schedule, train
 from diclip.pretrain.muon import MuonAdamW
@@ -38,7 +39,6 @@ class Stretch:
 
 
 STEPS = 7_000
-SIDE = 128  # of the pictures
 SPLITS = {"pretrain": 1.0, "studio": 0.5}  # of the settings' number of pictures
 # Whole things on calm ground teach shapes, scenes teach to tell things from textured ground.
 STUDIO_RATE = 0.6
@@ -190,7 +190,7 @@ def take(
         rows = rng.integers(len(source), size=count)
         images.append(source.take(rows))
         captions += [c.text for c in write_captions(source.tags[rows], source.places[rows], rng)]
-    finer = SIDE // stretch.size
+    finer = PRETRAIN_SIDE // stretch.size
     images = augment(torch.cat(images), size=stretch.size, crop=stretch.crop, finer=finer, generator=generator)
     return images, ["" if rng.random() < EMPTY_RATE else text for text in captions]
 
