@@ -162,9 +162,9 @@ def test_what_cannot_run_is_skipped_unless_it_was_named(settings, together, monk
     lacking = settings.model_copy(update={"diffusion_model": (str(tmp_path / "none"),)})
     result = bench(lacking, lambda stages, **_: stages)
     assert [row["stage"] for row in result["rows"]] == ["caa"]
-    assert list(result["skipped"]) == ["diffusion", "crf"] and "pip install pydensecrf2" in result["skipped"]["crf"]
+    assert list(result["skipped"]) == ["diffusion", "crf"] and "pip install -e" in result["skipped"]["crf"]
     assert "skipped:" in text(brief(result))
-    for stage, message in (("diffusion", "could not be loaded"), ("crf", "pip install pydensecrf2")):
+    for stage, message in (("diffusion", "could not be loaded"), ("crf", "pip install -e")):
         with pytest.raises(ValueError, match=message) as error:
             bench(lacking.model_copy(update={"bench_stages": (stage,)}), lambda stages, **_: stages)
         assert "\n" not in str(error.value)
