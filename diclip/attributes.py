@@ -72,4 +72,9 @@ def hunt(texts: Tensor, bank: Tensor, *, share: float = 0.9) -> Tensor:
 
 def enrich(texts: Tensor, bank: Tensor, *, share: float = 0.9, weight: float = 1.0) -> Tensor:
     """Add to texts (C, E), unit rows, `weight` times what they `hunt` in a bank (B, E); return unit rows."""
-    return F.normalize(texts + weight * hunt(texts, bank, share=share), dim=-1)
+    return mix(texts, hunt(texts, bank, share=share), weight=weight)
+
+
+def mix(texts: Tensor, attributes: Tensor, *, weight: float = 1.0) -> Tensor:
+    """Add attributes (C, E) or (E,) to texts (C, E), and return unit rows."""
+    return F.normalize(texts + weight * attributes, dim=-1)

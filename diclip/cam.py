@@ -42,6 +42,11 @@ class Maps:
         return maps
 
 
+def resize(scores: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize maps (P, h, w) to (P, *size): bilinear, half-pixel centres."""
+    return F.interpolate(scores[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+
+
 def by_image(maps: Maps, batch: int, refine: Callable[[Maps, slice], Tensor]) -> Maps:
     """Give maps of `batch` images new scores: on a GPU all at once, on a CPU an image at a time.
 

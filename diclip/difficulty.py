@@ -6,7 +6,7 @@ and patches that name their class by themselves. Each is given its best chance h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from math import isqrt
 from typing import Any
 
@@ -63,20 +63,29 @@ def same_object_auc(
     The counts are for `score.mean`. All pairs of patches of each squashed image on a square grid count, in both
     directions together; things without a label are background.
     """
+    return same_object_aucs(settings, lambda batch: {"": affinity(batch)}, progress)[""]
+
+
+def same_object_aucs(
+    settings: Settings, affinities: Callable[[Batch], Mapping[str, Tensor]], progress: Progress = silent
+) -> dict[str, NDArray[np.float64]]:
+    """Count the same for several affinities by name, which a batch gives at once: (images, 2) each."""
     dataset = open_dataset(settings)
     loader = batches(dataset, image_size=settings.image_size, batch_size=settings.batch_size)
-    counts = []
+    counts: dict[str, list[NDArray[np.float64]]] = {}
     for batch in progress(loader, desc="pairs of patches"):
-        affinities = affinity(batch).cpu()
-        grid = (isqrt(affinities.shape[1]),) * 2
-        for name, own in zip(batch.names, (affinities + affinities.transpose(1, 2)) / 2, strict=True):
-            labels = majority(object_ids(dataset, name), grid).flatten()
-            known = labels != VOID
-            first, second = torch.triu_indices(int(known.sum()), int(known.sum()), 1)
-            same = labels[known][first] == labels[known][second]
-            scores = own[known][:, known][first, second]
-            counts.append(pair_auc([scores.numpy()], [same.numpy()]))
-    return np.concatenate(counts)
+        objects = [object_ids(dataset, name) for name in batch.names]
+        for kind, affinity in affinities(batch).items():
+            affinity = affinity.cpu()
+            grid = (isqrt(affinity.shape[1]),) * 2
+            for ids, own in zip(objects, (affinity + affinity.transpose(1, 2)) / 2, strict=True):
+                labels = majority(ids, grid).flatten()
+                known = labels != VOID
+                first, second = torch.triu_indices(int(known.sum()), int(known.sum()), 1)
+                same = labels[known][first] == labels[known][second]
+                scores = own[known][:, known][first, second]
+                counts.setdefault(kind, []).append(pair_auc([scores.numpy()], [same.numpy()]))
+    return {kind: np.concatenate(found) for kind, found in counts.items()}
 
 
 def colour_auc(settings: Settings, progress: Progress = silent) -> NDArray[np.float64]:

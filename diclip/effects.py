@@ -5,7 +5,7 @@ Whatever a null can choose (how strong it is, which block it reads) is chosen fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from diclip.data import Batch, minivoc, open_dataset, squash
 from diclip.data.images import VOID
 from diclip.data.minivoc.backgrounds import COMPANION, PLACES
 from diclip.data.voc import part_ids
-from diclip.difficulty import majority, same_object_auc
+from diclip.difficulty import majority, same_object_aucs
 from diclip.evaluate import Progress, count_grabcut, loader, silent, swept, tune_sweeps
 from diclip.labels import pseudo_labels
 from diclip.methods import build_method
@@ -221,39 +221,43 @@ def co_occurrence(
     }
 
 
+def affinities(beside: Beside, batch: Batch, blocks: Iterable[int]) -> dict[str, Tensor]:
+    """Return what could tell objects, (B, N, N) each, by name: as it is, then the likeness of its rows."""
+    method = beside.method
+    coarse, blank = method.walked(batch)[0], method.walked(batch, diffusion=beside.untrained)[0]
+    attention = method.clip.encode(batch.images, surgery_blocks=0, tokens=None).attention  # (L, B, 1 + N, 1 + N)
+    found = {
+        "diffusion": coarse,
+        "diffusion, clustered": method.clustered(coarse, batch),
+        "untrained": blank,
+        "untrained, clustered": method.clustered(blank, batch),
+        "colour": colour_texture_affinity(batch.images, method.grid(batch)),
+        **{f"CLIP's q-k, block {block}": attention[block, :, 1:, 1:] for block in blocks},
+    }
+    return found | {f"rows of {name}": alike(affinity) for name, affinity in found.items()}
+
+
 def knowledge(settings: Settings, beside: Beside, about: dict[str, Any], progress: Progress = silent) -> dict[str, Any]:
     """Measure what the correlation knows of objects, and how patches of CLIP grow alike."""
     method = beside.method
     tune = settings.model_copy(update={"split": settings.tune_split, "limit": 0})
-
-    def attention(block: int) -> Callable[[Batch], Tensor]:
-        return lambda batch: method.clip.encode(batch.images, tokens=None).attention[block][:, 1:, 1:]
-
     blocks = range(len(method.clip.blocks))
-    scores = [float(mean(same_object_auc(tune, attention(block), progress).sum(0))) for block in blocks]
-    sources = {
-        "diffusion": lambda batch: method.walked(batch)[0],
-        "diffusion, clustered": lambda batch: method.clustered(method.walked(batch)[0], batch),
-        "untrained": lambda batch: method.walked(batch, diffusion=beside.untrained)[0],
-        "untrained, clustered": lambda batch: beside.biases(batch, method.walked(batch)[0])["untrained"],
-        "colour": lambda batch: colour_texture_affinity(batch.images, method.grid(batch)),
-        "CLIP's q-k": attention(int(np.argmax(scores))),
-    }
-    sources |= {f"rows of {name}": lambda batch, of=source: alike(of(batch)) for name, source in sources.items()}
-    auc = {name: same_object_auc(settings, source, progress) for name, source in sources.items()}
-    ours = [name for name in sources if "diffusion" in name]
-    seen = {name: float(mean(same_object_auc(tune, sources[name], progress).sum(0))) for name in ours}
-    own = max(seen, key=seen.__getitem__)
+    on_tune = same_object_aucs(tune, lambda batch: affinities(beside, batch, blocks), progress)
+    scores = {name: float(mean(counts.sum(0))) for name, counts in on_tune.items()}
+    chosen = {max(blocks, key=lambda block: scores[f"{of}CLIP's q-k, block {block}"]) for of in ("", "rows of ")}
+    auc = same_object_aucs(settings, lambda batch: affinities(beside, batch, sorted(chosen)), progress)
+    ours = {name: scores[name] for name in auc if "diffusion" in name}
+    own = max(ours, key=ours.__getitem__)
     other = own.removesuffix(", clustered") if own.endswith(", clustered") else f"{own}, clustered"
     every = {name: round(float(share(counts.sum(0))), 2) for name, counts in auc.items()}
-    nulls = {name: counts for name, counts in auc.items() if name not in seen}
+    nulls = {name: counts for name, counts in auc.items() if name not in ours}
     tokens = smoothness(settings, method, progress)
     both = {"diffusion, clustered": auc["diffusion, clustered"], "diffusion": auc["diffusion"]}
     how = {"value": share, "seed": settings.seed}
     return {
         "diffusion correlation": compare("AUC of same object", {own: auc[own], other: auc[other], **nulls}, **how)
         | about
-        | {"is": own, "all": every, "CLIP's block": int(np.argmax(scores))},
+        | {"is": own, "all": every},
         "attention clustering refinement: objects": compare("AUC of same object", both, **how) | about,
         "over-smoothing": compare("cosine of patch tokens", {"last block": tokens[:, -1], "first": tokens[:, 0]}, **how)
         | about,

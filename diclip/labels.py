@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diclip.cam import Maps, minmax
+from diclip.cam import Maps, minmax, resize
 
 Rule = Literal["one_minus_max", "fixed"]
 
@@ -25,7 +25,7 @@ def upsample(
     scores, label = maps.of(index)
     if stretch:
         scores = minmax(scores, (-2, -1), eps=1e-7)
-    scores = F.interpolate(scores[:, None], size=tuple(size), mode="bilinear", align_corners=False)[:, 0]
+    scores = resize(scores, tuple(size))
     return minmax(scores, (-2, -1), eps=1e-6) if restretch else scores, label
 
 

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diclip.attributes import attribute_bank, hunt, read_attributes
+from diclip.attributes import attribute_bank, hunt, mix, read_attributes
 from diclip.baselines import place_affinity
 from diclip.cam import Maps, pack
 from diclip.clip import Encoded
@@ -75,7 +74,7 @@ def enrichments(method: ExCEL, *, seed: int) -> dict[str, Tensor]:
     hunted = hunt(classes, bank, share=settings.attribute_share)
 
     def mixed(attributes: Tensor) -> Tensor:
-        return torch.cat([F.normalize(classes + settings.attribute_weight * attributes, dim=-1), background])
+        return torch.cat([mix(classes, attributes, weight=settings.attribute_weight), background])
 
     return {
         "enriched": method.enriched,
@@ -106,19 +105,23 @@ class Beside:
     def rungs(self, batch: Batch) -> Iterator[tuple[str, Maps]]:
         """Yield all maps; the two frozen models run once a batch and bias."""
         method = self.method
+
+        def biased(bias: Tensor) -> Encoded:
+            return method.encode(batch, bias=bias, need_attention=False)
+
         coarse, fine, fine_grid = method.walked(batch)
         clustered = method.clustered(coarse, batch)
-        plain = self.encode(batch)
-        seen = Seen(plain, self.encode(batch, method.settings.bias_strength * clustered), fine, fine_grid)
+        plain = method.encode(batch)
+        seen = Seen(plain, biased(method.settings.bias_strength * clustered), fine, fine_grid)
         clip = pack(method.cam(plain.plain_patches, plain.pooled, plain.grid), batch.tags)
         yield "clip", clip
         yield "intra", self.map(plain, batch)
-        yield "identity", self.map(self.encode(batch, attention="identity"), batch)
+        yield "identity", self.map(method.encode(batch, attention="identity", need_attention=False), batch)
         yield "vce", self.map(seen.biased, batch)
-        yield "vce published", self.map(self.encode(batch, clustered), batch)
+        yield "vce published", self.map(biased(clustered), batch)
         for null, bias in self.biases(batch, coarse).items():
             for strength in self.strengths[null]:
-                yield self.title(null, strength), self.map(self.encode(batch, strength * bias), batch)
+                yield self.title(null, strength), self.map(biased(strength * bias), batch)
         tsa = method.map(seen, batch, without=("caa", "rar"))
         yield "tsa", tsa
         cam = method.cam(seen.biased.patches, seen.biased.pooled, seen.biased.grid)
@@ -138,18 +141,6 @@ class Beside:
             "untrained": method.clustered(method.walked(batch, diffusion=self.untrained)[0], batch),
             "no clusters": coarse,
         }
-
-    def encode(self, batch: Batch, bias: Tensor | None = None, *, attention: str | None = None) -> Encoded:
-        """Run CLIP with the settings' surgery; its attention is kept where there is no bias."""
-        settings = self.method.settings
-        return self.method.clip.encode(
-            batch.images,
-            attention=attention or settings.attention,
-            surgery_blocks=settings.surgery_blocks,
-            bias=bias,
-            tokens=None,
-            need_attention=bias is None,
-        )
 
     def map(self, encoded: Encoded, batch: Batch) -> Maps:
         """Score the surgery path's patches against the texts."""

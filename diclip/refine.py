@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diclip.affinity import spread
-from diclip.cam import Maps, by_image, minmax
+from diclip.cam import Maps, by_image, minmax, resize
 
 
 def entropy_step(affinity: Tensor, *, rate: float = 0.02) -> Tensor:
@@ -57,16 +57,12 @@ def rar(maps: Maps, attention: Tensor, *, rounds: int, grid: tuple[int, int], ca
         # DiCLIP makes maps sum to 1 after each round. Rows of steps sum to 1, so shift and scale of a map pass
         # through them to the last stretch: stretching each round ends in the same maps, and keeps float32's digits.
         scores = minmax(own.scores.float(), (-2, -1))  # before the resizing: a constant map is then exactly 0
-        own = own.with_scores(_resize(scores, (h, w)))
+        own = own.with_scores(resize(scores, (h, w)))
         for _ in range(rounds):
             own = own.with_scores(minmax(spread(own, steps).scores, (-2, -1)))
-        return minmax(_resize(own.scores, (canvas, canvas)), (-2, -1))
+        return minmax(resize(own.scores, (canvas, canvas)), (-2, -1))
 
     return by_image(maps, len(attention), follow)
-
-
-def _resize(scores: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(scores[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
 
 
 @torch.no_grad()

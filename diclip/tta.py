@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diclip.cam import Maps, flip_max
+from diclip.cam import Maps, flip_max, resize
 from diclip.data import Batch
 from diclip.methods import Rungs
 from diclip.settings import Settings
@@ -49,7 +49,7 @@ def average(found: list[Maps]) -> Maps:
     """Average the same maps of several sizes, (P, h, w) each, at the size of the largest."""
     size = max((tuple(maps.scores.shape[1:]) for maps in found), key=lambda shape: shape[0] * shape[1])
     same = (maps.scores.shape[1:] == size for maps in found)
-    scores = [maps.scores if fits else _resize(maps.scores, size) for maps, fits in zip(found, same, strict=True)]
+    scores = [maps.scores if fits else resize(maps.scores, size) for maps, fits in zip(found, same, strict=True)]
     return found[0].with_scores(torch.stack(scores).mean(0))
 
 
@@ -67,7 +67,3 @@ def _step(method: Rungs) -> int:
     """Return what sides of an image must be multiples of, for all of a method's models."""
     diffusion = getattr(method, "diffusion", None)
     return lcm(*method.clip.patch_size, diffusion.factor if diffusion else 1)
-
-
-def _resize(scores: Tensor, size: tuple[int, ...]) -> Tensor:
-    return F.interpolate(scores[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]

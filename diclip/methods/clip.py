@@ -8,9 +8,9 @@ from torch import Tensor
 
 from diclip.affinity import caa
 from diclip.cam import Maps, pack, surgery_cam
-from diclip.clip import DenseCLIP
+from diclip.clip import DenseCLIP, Encoded
 from diclip.data import Batch
-from diclip.settings import Settings
+from diclip.settings import Attention, Settings
 from diclip.vocabulary import Vocabulary
 
 
@@ -45,14 +45,31 @@ class PlainCLIP:
 
     def rungs(self, batch: Batch) -> Iterator[tuple[str, Maps]]:
         """Yield `clip`, `intra` and `caa` of a batch, from one pass through the encoder."""
-        encoded = self.clip.encode(
-            batch.images,
-            attention=self.settings.attention,
-            surgery_blocks=self.settings.surgery_blocks,
-            tokens=None,
-        )
+        encoded = self.encode(batch)
         yield "clip", pack(self.cam(encoded.plain_patches, encoded.pooled, encoded.grid), batch.tags)
         intra = pack(self.cam(encoded.patches, encoded.pooled, encoded.grid), batch.tags)
         yield "intra", intra
+        yield "caa", self.spread(intra, encoded)
+
+    def encode(
+        self,
+        batch: Batch,
+        *,
+        attention: Attention | None = None,
+        bias: Tensor | None = None,
+        need_attention: bool = True,
+    ) -> Encoded:
+        """Run CLIP with its surgery path, the settings' or another `attention`, and a correlation (B, N, N) in it."""
+        return self.clip.encode(
+            batch.images,
+            attention=attention or self.settings.attention,
+            surgery_blocks=self.settings.surgery_blocks,
+            bias=bias,
+            tokens=None,
+            need_attention=need_attention,
+        )
+
+    def spread(self, maps: Maps, encoded: Encoded) -> Maps:
+        """Spread maps by class-aware affinity along CLIP's attention, of as many blocks as it has."""
         layers = min(self.settings.caa_layers, len(encoded.attention))
-        yield "caa", caa(intra, encoded.attention, threshold=self.settings.tau_box, layers=layers)
+        return caa(maps, encoded.attention, threshold=self.settings.tau_box, layers=layers)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from diclip.affinity import caa
 from diclip.cam import Maps
 from diclip.data import Batch
 from diclip.gradcam import softmax_gradcam
@@ -34,5 +33,4 @@ class CLIPES(PlainCLIP):
             pool=self.settings.gradcam_pool,
         )
         yield "gradcam", explained.maps
-        layers = min(self.settings.caa_layers, len(encoded.attention))
-        yield "caa", caa(explained.maps, encoded.attention, threshold=self.settings.tau_box, layers=layers)
+        yield "caa", self.spread(explained.maps, encoded)

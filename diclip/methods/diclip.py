@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diclip.affinity import caa
 from diclip.baselines import colour_texture_affinity
 from diclip.cam import Maps, pack
 from diclip.clip import DenseCLIP, Encoded
@@ -78,10 +77,8 @@ class DiCLIP(PlainCLIP):
     def look(self, batch: Batch) -> Seen:
         """Run the diffusion model and, with and without what it says, CLIP."""
         coarse, fine, fine_grid = self.correlation(batch)
-        how = {"attention": self.settings.attention, "surgery_blocks": self.settings.surgery_blocks, "tokens": None}
-        plain = self.clip.encode(batch.images, **how)
         bias = self.settings.bias_strength * coarse
-        return Seen(plain, self.clip.encode(batch.images, bias=bias, **how, need_attention=False), fine, fine_grid)
+        return Seen(self.encode(batch), self.encode(batch, bias=bias, need_attention=False), fine, fine_grid)
 
     def correlation(self, batch: Batch) -> tuple[Tensor, Tensor, tuple[int, int]]:
         """Return the correlation (B, N, N) that biases CLIP, the fine attention (B, M, M), and its grid."""
@@ -166,8 +163,7 @@ class DiCLIP(PlainCLIP):
     def refine(self, maps: Maps, seen: Seen, *, without: Collection[str] = ()) -> Maps:
         """Spread maps along CLIP's attention, then along the diffusion's."""
         if "caa" not in without:
-            layers = min(self.settings.caa_layers, len(seen.plain.attention))
-            maps = caa(maps, seen.plain.attention, threshold=self.settings.tau_box, layers=layers)
+            maps = self.spread(maps, seen.plain)
         if "rar" not in without:
             maps = rar(maps, seen.fine, rounds=self.settings.rar_rounds, grid=seen.fine_grid)
         return maps

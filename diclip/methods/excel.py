@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from diclip.affinity import caa
 from diclip.attributes import attribute_bank, enrich, read_attributes
 from diclip.cam import Maps, pack
 from diclip.clip import DenseCLIP, Encoded
@@ -63,22 +62,9 @@ class ExCEL(PlainCLIP):
             for part in PARTS:
                 yield f"without_{part}", self.map(encoded, batch, without=(part,))
 
-    def encode(self, batch: Batch, *, need_attention: bool = True) -> Encoded:
-        """Run CLIP with static visual calibration in the last blocks."""
-        return self.clip.encode(
-            batch.images,
-            attention=self.settings.attention,
-            surgery_blocks=self.settings.surgery_blocks,
-            tokens=None,
-            need_attention=need_attention,
-        )
-
     def map(self, encoded: Encoded, batch: Batch, *, without: tuple[str, ...] = ()) -> Maps:
         """Make the class maps of a batch with all parts but some of `PARTS`."""
         patches = encoded.plain_patches if "svc" in without else encoded.patches
         texts = self.texts if "tse" in without else self.enriched
         maps = pack(self.cam(patches, encoded.pooled, encoded.grid, texts=texts), batch.tags)
-        if "caa" in without:
-            return maps
-        layers = min(self.settings.caa_layers, len(encoded.attention))
-        return caa(maps, encoded.attention, threshold=self.settings.tau_box, layers=layers)
+        return maps if "caa" in without else self.spread(maps, encoded)
