@@ -114,6 +114,16 @@ def cluster(correlation: Tensor, *, grid: tuple[int, int], anchors: int = 3, rou
     return first.argsort(-1).argsort(-1).gather(1, owner)
 
 
+def alike(affinity: Tensor) -> Tensor:
+    """Compare the rows of an affinity (B, N, N) by their cosine: (B, N, N), symmetric; of a row of zeros 0.
+
+    Rows that sum to one make an affinity small where much is alike, as in a background. Their cosine does not: two
+    patches are as like as what they are like.
+    """
+    rows = F.normalize(affinity, dim=-1)
+    return rows @ rows.transpose(1, 2)
+
+
 def acr(correlation: Tensor, clusters: Tensor) -> Tensor:
     """Replace each row of `correlation` (B, N, N) by the mean row of its cluster; ids are (B, N), long.
 

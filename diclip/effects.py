@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diclip.baselines import colour_texture_affinity
+from diclip.correlation import alike
 from diclip.data import Batch, minivoc, open_dataset, squash
 from diclip.data.minivoc.backgrounds import COMPANION, PLACES
 from diclip.difficulty import part_ids, same_object_auc
@@ -220,19 +221,23 @@ def knowledge(settings: Settings, beside: Beside, about: dict[str, Any], progres
         "colour": lambda batch: colour_texture_affinity(batch.images, method.grid(batch)),
         "CLIP's q-k": attention(int(np.argmax(scores))),
     }
+    sources |= {f"rows of {name}": lambda batch, of=source: alike(of(batch)) for name, source in sources.items()}
     auc = {name: same_object_auc(settings, source, progress) for name, source in sources.items()}
-    seen = {name: float(mean(same_object_auc(tune, sources[name], progress).sum(0))) for name in list(sources)[:2]}
+    ours = [name for name in sources if "diffusion" in name]
+    seen = {name: float(mean(same_object_auc(tune, sources[name], progress).sum(0))) for name in ours}
     own = max(seen, key=seen.__getitem__)
+    other = own.removesuffix(", clustered") if own.endswith(", clustered") else f"{own}, clustered"
+    every = {name: round(float(share(counts.sum(0))), 2) for name, counts in auc.items()}
     nulls = {name: counts for name, counts in auc.items() if name not in seen}
-    alike = smoothness(settings, method, progress)
+    tokens = smoothness(settings, method, progress)
     both = {"diffusion, clustered": auc["diffusion, clustered"], "diffusion": auc["diffusion"]}
     how = {"value": share, "seed": settings.seed}
     return {
-        "diffusion correlation": compare("AUC of same object", {own: auc[own], **both, **nulls}, **how)
+        "diffusion correlation": compare("AUC of same object", {own: auc[own], other: auc[other], **nulls}, **how)
         | about
-        | {"is": own, "CLIP's block": int(np.argmax(scores))},
+        | {"is": own, "all": every, "CLIP's block": int(np.argmax(scores))},
         "attention clustering refinement: objects": compare("AUC of same object", both, **how) | about,
-        "over-smoothing": compare("cosine of patch tokens", {"last block": alike[:, -1], "first": alike[:, 0]}, **how)
+        "over-smoothing": compare("cosine of patch tokens", {"last block": tokens[:, -1], "first": tokens[:, 0]}, **how)
         | about,
     }
 

@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from diclip.data import open_dataset, squash
-from diclip.data.minivoc import write_pretrain
 from diclip.diffusion import load_diffusion
 from diclip.evaluate import Progress, silent
-from diclip.pretrain.data import Pictures, augment
+from diclip.pretrain.data import Pictures, augment, render_pictures
 from diclip.pretrain.loop import Schedule
 from diclip.remember import generate_classes
 from diclip.runs import environment, pick_device
@@ -117,10 +116,10 @@ def real_pictures(settings: Settings) -> tuple[Tensor, Tensor]:
 def judge_generated(settings: Settings, progress: Progress = silent) -> dict[str, Any]:
     """Measure, ready for JSON, how many of the pictures that a memory is built from are recognised: `diclip judge`.
 
-    The judge is taught on MiniVOC's pretraining pictures, `PICTURES` of them for `STEPS` steps unless the settings
-    say otherwise, and scored itself on the split's images with one tag, its `pictures`. Shares are in per cent, with
-    95 % bootstrap intervals over pictures; `null` is the mean share over shuffled labels. Raises ValueError for
-    datasets other than MiniVOC and for data and models that cannot be used.
+    The judge is taught on MiniVOC's pretraining pictures, `PICTURES` of them and half as many of the studio, for
+    `STEPS` steps unless the settings say otherwise, and scored itself on the split's images with one tag, its
+    `pictures`. Shares are in per cent, with 95 % bootstrap intervals over pictures; `null` is the mean share over
+    shuffled labels. Raises ValueError for datasets other than MiniVOC and for data and models that cannot be used.
     """
     if settings.dataset != "minivoc":
         raise ValueError(f"dataset is {settings.dataset!r}, expected 'minivoc': the judge learns its pictures alone")
@@ -159,13 +158,9 @@ def judge_generated(settings: Settings, progress: Progress = silent) -> dict[str
 
 
 def open_pictures(settings: Settings, progress: Progress = silent) -> Pictures:
-    """Open the settings' number of pretraining pictures, after rendering those that are not there yet."""
-    folder = write_pretrain(
-        settings.data_root,
-        settings.pretrain_pictures,
-        progress=lambda items, total: progress(items, total=total, desc="render"),
-    )
-    return Pictures.open(folder, settings.pretrain_pictures)
+    """Open the settings' number of pretraining pictures and half as many of the studio's; render what is not there."""
+    counts = {"pretrain": settings.pretrain_pictures, "studio": settings.pretrain_pictures // 2}
+    return Pictures.join(*render_pictures(settings.data_root, counts, progress=progress))
 
 
 def share(right: NDArray[np.bool_], *, seed: int) -> dict[str, float]:

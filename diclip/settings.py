@@ -95,7 +95,7 @@ class Settings(BaseModel):
     diffusion_draws: int = Field(1, ge=1, description="draws of noise that are averaged, at each timestep")
     diffusion_prompt: str = Field("", description="what the diffusion model is told of every image")
     coarse_layer: str = Field(
-        "up_blocks.0.attentions.1.transformer_blocks.0.attn1", description="self-attention of the correlation"
+        "up_blocks.2.attentions.1.transformer_blocks.0.attn1", description="self-attention of the correlation"
     )
     coarse_heads: Numbers = Field((0, 1), description="its heads, from 0; their steps are multiplied")
     fine_layer: str = Field(
@@ -103,7 +103,7 @@ class Settings(BaseModel):
     )
     fine_heads: Numbers = Field((0, 1), description="its heads, from 0; they are averaged")
     correlation: Literal["diffusion", "colour"] = Field("diffusion", description="whose correlation biases CLIP")
-    correlation_softmax: bool = Field(False, description="walk along probabilities, not along raw likeness")
+    correlation_softmax: bool = Field(True, description="walk along probabilities, not along raw likeness")
     correlation_threshold: float = Field(0.2, ge=0, lt=1, description="share of a key's largest that counts")
     acr: bool = Field(True, description="replace rows of the correlation by their clusters' means")
     bias_strength: float = Field(1.0, ge=0, description="weight of the correlation in CLIP's surgery path")
@@ -164,6 +164,7 @@ _STABLE_DIFFUSION: dict[str, Any] = {
     "coarse_heads": (1, 2),
     "fine_layer": "up_blocks.3.attentions.1.transformer_blocks.0.attn1",
     "fine_heads": (1, 2),
+    "correlation_softmax": False,
     "memory_pictures": 100,
     "memory_prompt": "a realistic photo of one {}, fully visible in the centre, on a clear and distinct background",
     "memory_steps": 45,

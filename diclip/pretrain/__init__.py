@@ -18,9 +18,8 @@ def pretrain(model: str, settings: Settings, progress: Callable[..., Iterable[An
     `model/`, which every command takes as `--set clip_model=FOLDER/model` or `diffusion_model=FOLDER/model`. The
     models that ship are left alone.
     """
-    from diclip.data.minivoc import write_pretrain
     from diclip.pretrain import clip, diffusion
-    from diclip.pretrain.data import Pictures
+    from diclip.pretrain.data import render_pictures
     from diclip.runs import environment, locked, pick_device, write_json
 
     folder = settings.run_dir if "run_dir" in settings.model_fields_set else ROOT / "runs" / f"pretrain-{model}"
@@ -33,16 +32,8 @@ def pretrain(model: str, settings: Settings, progress: Callable[..., Iterable[An
             "clip": (clip, clip.pretrain_clip, watch_clip),
             "diffusion": (diffusion, diffusion.pretrain_diffusion, watch_diffusion),
         }[model]
-        pictures = []
-        for split, share in recipe.SPLITS.items():
-            count = round(settings.pretrain_pictures * share)
-            rendered = write_pretrain(
-                settings.data_root,
-                count,
-                split=split,
-                progress=lambda items, total: progress(items, total=total, desc="render"),
-            )
-            pictures.append(Pictures.open(rendered, count))
+        counts = {split: round(settings.pretrain_pictures * share) for split, share in recipe.SPLITS.items()}
+        pictures = render_pictures(settings.data_root, counts, progress=progress)
         started = time.monotonic()
         exported = train(
             folder,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diclip.data.minivoc import write_pretrain
 from diclip.data.minivoc.captions import (
     PLACE_RATE,
     PLACE_WORDS,
@@ -50,6 +53,11 @@ class Pictures:
 
         return cls(*(read(kind) for kind in ("images", "tags", "places")))
 
+    @classmethod
+    def join(cls, *parts: Pictures) -> Pictures:
+        """Put several sets of pictures one after another."""
+        return cls(*(np.concatenate([getattr(p, kind) for p in parts]) for kind in ("images", "tags", "places")))
+
     def __len__(self) -> int:
         return len(self.tags)
 
@@ -63,6 +71,17 @@ class Pictures:
     def take(self, indices: np.ndarray) -> Tensor:
         """Read pictures `(B, 3, 128, 128)` float32 in [0, 1]."""
         return torch.from_numpy(self.images[indices]).permute(0, 3, 1, 2).float().div_(255)
+
+
+def render_pictures(root: Path, counts: Mapping[str, int], *, progress: Callable[..., Any]) -> list[Pictures]:
+    """Open the first pictures of each split under `root`, as many as `counts` says; render those not there yet."""
+    found = []
+    for split, count in counts.items():
+        folder = write_pretrain(
+            root, count, split=split, progress=lambda items, total: progress(items, total=total, desc="render")
+        )
+        found.append(Pictures.open(folder, count))
+    return found
 
 
 def augment(
