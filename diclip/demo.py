@@ -17,7 +17,7 @@ NOTEBOOKS = "0[0-5]_*.ipynb"
 
 
 def run_demo(settings: Settings) -> dict[str, Any]:
-    """Execute the notebooks 00 to 05 and evaluate the ladder; return it and where everything is.
+    """Execute the notebooks 00 to 05 and evaluate a ladder, DiCLIP's by default; return it and where everything is.
 
     Writes runs/demo: the executed notebooks, figures/ with every picture in them, and ladder.json. An older
     demo is replaced only when all has succeeded. Raises what `run_notebook` and `evaluate` raise.
@@ -31,7 +31,8 @@ def run_demo(settings: Settings) -> dict[str, Any]:
         for notebook in progress(sorted((ROOT / "notebooks").glob(NOTEBOOKS)), desc="notebooks"):
             executed = run_notebook(notebook, {**changed, "run_dir": str(fresh / notebook.stem)})
             save_pictures(executed, fresh / "figures")
-        evaluation = evaluate(settings, progress)
+        system = {} if "method" in settings.model_fields_set else {"method": "diclip"}
+        evaluation = evaluate(settings.model_copy(update=system), progress)
         write_json(fresh / "ladder.json", evaluation)
         _replace_folder(fresh, final)
     figures = sorted(shown(path) for path in (final / "figures").glob("*.png"))

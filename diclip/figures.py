@@ -1,8 +1,8 @@
-"""Make every figure and table that the README shows: `python -m diclip.figures`."""
+"""Make every figure that the README shows, and put the tables there: `python -m diclip.figures`."""
 
 from __future__ import annotations
 
-import json
+from io import BytesIO
 from pathlib import Path
 
 from PIL import Image
@@ -11,20 +11,17 @@ from diclip import plots
 from diclip.cam import minmax
 from diclip.data import collate, open_dataset
 from diclip.data.minivoc import render, scene_of
+from diclip.diffusion import load_diffusion
 from diclip.evaluate import choose_background
 from diclip.labels import pseudo_labels
 from diclip.methods import build_method
-from diclip.runs import replacing
+from diclip.remember import generate_classes
+from diclip.runs import pick_device, replacing
 from diclip.settings import ROOT, load_settings
+from diclip.tables import update_readme
+from diclip.vocabulary import VOC_CLASSES
 
 FOLDER = ROOT / "figures"
-RESULTS = ROOT / "data/results"
-COLUMNS = {"val": "val", "val-seed7": "other scenes (`minivoc_seed=7`)", "shift": "shift: new outlines and materials"}
-RUNGS = {
-    "clip": "`clip`: CLIP's own patches",
-    "intra": "`intra`: + intra-correlation",
-    "caa": "`caa`: + class-aware affinity",
-}
 
 
 def minivoc(path: Path, *, rows: int = 4, columns: int = 8) -> None:
@@ -58,7 +55,23 @@ def cams(path: Path, *, count: int = 5) -> None:
         figure.savefig(temporary, format="png", bbox_inches="tight")
 
 
-FIGURES = {"cams.png": cams, "minivoc.png": minivoc}
+def generated(path: Path, *, count: int = 5) -> None:
+    """Draw the first generated pictures of each class, those that `diclip judge` counts, not picked by hand.
+
+    They are a column a class, shown smaller and in 256 colours to keep the file small.
+    """
+    settings = load_settings().model_copy(update={"memory_pictures": count})  # the same first ones as of more
+    diffusion = load_diffusion(settings.diffusion_model, device=pick_device(settings.device))
+    pictures = generate_classes(settings, diffusion, VOC_CLASSES)
+    columns = [plots.contact_sheet(list(own), columns=1) for own in pictures.values()]
+    figure = plots.picture_grid(columns, titles=list(pictures), columns=10, side=0.9 * count)
+    drawn = BytesIO()
+    figure.savefig(drawn, format="png", bbox_inches="tight", dpi=200)
+    with replacing(path) as temporary:
+        Image.open(drawn).convert("RGB").reduce(2).quantize(256).save(temporary, "PNG", optimize=True)
+
+
+FIGURES = {"cams.png": cams, "generated.png": generated, "minivoc.png": minivoc}
 
 
 def make_figures(folder: Path = FOLDER) -> list[Path]:
@@ -66,44 +79,6 @@ def make_figures(folder: Path = FOLDER) -> list[Path]:
     for name, draw in FIGURES.items():
         draw(folder / name)
     return [folder / name for name in FIGURES]
-
-
-def readme_table(results: Path = RESULTS) -> str:
-    """Lay out the stored evaluations of `make results` as the README's Markdown table."""
-    found = [json.loads((results / f"clip-{name}.json").read_text(encoding="utf-8")) for name in COLUMNS]
-    difficulty = json.loads((results / "difficulty.json").read_text(encoding="utf-8"))["difficulty"]
-
-    def row(name: str, cells: list[str]) -> str:
-        return f"| {name} | {' | '.join(cells)} |"
-
-    def spread(value: float, interval: list[float]) -> str:
-        return f"{value:.1f} ({interval[0]:.1f}–{interval[1]:.1f})"
-
-    lines = [row("", [f"{title}, {r['images']} images" for title, r in zip(COLUMNS.values(), found, strict=True)])]
-    lines.append("|---|" + "---|" * len(found))
-    for rung, meaning in RUNGS.items():
-        lines.append(row(meaning, [spread(r["ladder"][rung], r["intervals"][rung]) for r in found]))
-    fair = [f"{r['miou_one_minus_max']['intra']:.1f}" for r in found]
-    lines.insert(-1, row("`intra` with `caa`'s background, one minus the maximum", fair))
-    guess = [spread(r["baselines"]["grabcut"], r["baseline_intervals"]["grabcut"]) for r in found]
-    lines.append(row("saliency + GrabCut + tags", guess))
-    lines.append(row("top-1 of scenes with one tag, %", [f"{r['recognition']['single_tag_top1']:.1f}" for r in found]))
-    lines.append(row("mean average precision of tags, %", [f"{r['recognition']['tag_map']:.1f}" for r in found]))
-    colour, patch = difficulty["colour_auc"]["value"], 100 * difficulty["body_patch"]["value"]
-    hard = (
-        f"How hard MiniVOC is (val): colour and texture tell *same object* with AUC {colour:.2f}, and a classifier "
-        f"taught with true masks names {patch:.0f} % of single body patches."
-    )
-    return "\n".join([*lines, "", hard])
-
-
-def update_readme(path: Path = ROOT / "README.md") -> None:
-    """Put the table between the README's two `ladder` comments."""
-    before, rest = path.read_text(encoding="utf-8").split("<!-- ladder -->")
-    after = rest.split("<!-- /ladder -->")[1]
-    text = f"{before}<!-- ladder -->\n{readme_table()}\n<!-- /ladder -->{after}"
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,9 @@ def test_a_strength_multiplies_the_bias(settings, beside, batch):
     found = dict(one.rungs(batch))
     method = beside.method
     coarse = 3.0 * method.walked(batch)[0]
-    torch.testing.assert_close(found["vce no clusters"].scores, one.map(method.encode(batch, bias=coarse), batch).scores)
+    torch.testing.assert_close(
+        found["vce no clusters"].scores, one.map(method.encode(batch, bias=coarse), batch).scores
+    )
 
 
 def test_an_untrained_model_differs_in_its_u_net_alone(beside, tiny_diffusion):

@@ -1,8 +1,9 @@
 import numpy as np
 from PIL import Image
 
-from diclip import figures, plots
+from diclip import figures, plots, tables
 from diclip.data.minivoc import render, scene_of
+from diclip.settings import ROOT
 
 
 def test_contact_sheet_centres_pictures_of_any_shape():
@@ -29,4 +30,6 @@ def test_table_is_markdown():
 
 
 def test_the_readme_shows_the_numbers_that_are_stored():
-    assert figures.readme_table() in (figures.ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, table in tables.TABLES.items():
+        assert f"<!-- {name} -->\n{table()}\n<!-- /{name} -->" in readme, f"{name}: run `make results`"

@@ -5,9 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from diclip import judge
+from diclip import figures, judge
 from diclip.__main__ import main
+from diclip.diffusion import load_diffusion
 from diclip.judge import build_judge, judge_generated, name_pictures, real_pictures, share, train_judge
 from diclip.pretrain.data import Pictures
 from diclip.remember import generate_classes
@@ -210,3 +212,19 @@ def test_the_command_shows_what_fits_a_screen(monkeypatch, capsys, tmp_path):
         "  cat: 40.00",
         "  dog: 42.00",
     ]
+
+
+def test_the_figure_shows_the_first_pictures_that_are_judged(settings, monkeypatch, tmp_path):
+    two = generate_classes(settings, load_diffusion(settings.diffusion_model), VOC_CLASSES[:3])
+    drawn, grid, most = [], figures.plots.picture_grid, VOC_CLASSES[:12]
+    monkeypatch.setattr(figures, "VOC_CLASSES", most)
+    monkeypatch.setattr(figures, "load_settings", lambda: settings)
+    monkeypatch.setattr(figures.plots, "picture_grid", lambda *a, **k: drawn.append((a, k)) or grid(*a, **k))
+    figures.generated(tmp_path / "generated.png", count=1)
+    ((pictures,), options) = drawn[0]
+    assert options["titles"] == list(most) and len(pictures) == 12
+    for picture, own in zip(pictures, two.values(), strict=False):
+        expected = (255 * own[0].permute(1, 2, 0)).numpy()
+        assert np.abs(picture - expected).max() <= 1  # rounding, and another batch
+    image = Image.open(tmp_path / "generated.png")
+    assert image.mode == "P" and image.width > 3 * image.height  # two rows of up to ten

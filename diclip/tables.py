@@ -1,0 +1,130 @@
+"""Lay out stored results as the README's tables: `python -m diclip.figures` puts them there."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from diclip.runs import replacing
+from diclip.settings import ROOT
+
+RESULTS = ROOT / "data/results"
+SPLITS = {"val": "val", "val-seed7": "other scenes (`minivoc_seed=7`)", "shift": "shift: new outlines and materials"}
+NOISE = ("diclip-val", "diclip-val-noise1", "diclip-val-noise2")  # other draws of the diffusion model's noise
+RUNGS = {
+    "clip": "`clip`: CLIP's own patches",
+    "intra": "`intra`: + intra-correlation",
+    "vce": "`vce`: + the diffusion's correlation",
+    "tsa": "`tsa`: + a memory of generated pictures",
+    "caa": "`caa`: + class-aware affinity",
+    "rar": "`rar`: + recursive affinity",
+}
+BASELINES = {
+    "grabcut": "saliency + GrabCut + tags",
+    "clip_rar": "`clip_rar`: plain CLIP with `caa` and `rar`",
+}
+
+
+def read(name: str, results: Path = RESULTS) -> dict[str, Any]:
+    """Read a stored result by its file's stem."""
+    return json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def row(*cells: str) -> str:
+    """Write a row of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def spread(value: float, interval: Sequence[float]) -> str:
+    """Write a value with its interval."""
+    return f"{value:.1f} ({interval[0]:.1f}–{interval[1]:.1f})"
+
+
+def ladder(found: Sequence[dict[str, Any]]) -> list[str]:
+    """Lay evaluations of one method out side by side: a head, then a row a rung and a baseline."""
+    lines = [row("", *(f"{title}, {r['images']} images" for title, r in zip(SPLITS.values(), found, strict=True)))]
+    lines.append("|---|" + "---|" * len(found))
+    for rung in found[0]["ladder"]:
+        lines.append(row(RUNGS[rung], *(spread(r["ladder"][rung], r["intervals"][rung]) for r in found)))
+    for name in found[0]["baselines"]:
+        lines.append(
+            row(BASELINES[name], *(spread(r["baselines"][name], r["baseline_intervals"][name]) for r in found))
+        )
+    return lines
+
+
+def clip_table(results: Path = RESULTS) -> str:
+    """Lay out what plain CLIP reaches, and how hard MiniVOC is."""
+    found = [read(f"clip-{name}", results) for name in SPLITS]
+    lines = ladder(found)
+    fair = [f"{r['miou_one_minus_max']['intra']:.1f}" for r in found]
+    after = next(place for place, line in enumerate(lines) if line.startswith(f"| {RUNGS['intra']}"))
+    lines.insert(after + 1, row("`intra` with `caa`'s background, one minus the maximum", *fair))
+    for title, name in (
+        ("top-1 of scenes with one tag, %", "single_tag_top1"),
+        ("mean average precision of tags, %", "tag_map"),
+    ):
+        lines.append(row(title, *(f"{r['recognition'][name]:.1f}" for r in found)))
+    difficulty = read("difficulty", results)["difficulty"]
+    colour, patch = difficulty["colour_auc"]["value"], 100 * difficulty["body_patch"]["value"]
+    hard = (
+        f"How hard MiniVOC is (val): colour and texture tell *same object* with AUC {colour:.2f}, and a classifier "
+        f"taught with true masks names {patch:.0f} % of single body patches."
+    )
+    return "\n".join([*lines, "", hard])
+
+
+def diclip_table(results: Path = RESULTS) -> str:
+    """Lay out DiCLIP's ladder, the gain of each step, and how much the draw of noise matters."""
+    found = [read(f"diclip-{name}", results) for name in SPLITS]
+    lines, rungs = ladder(found), list(found[0]["ladder"])
+    noise = [read(name, results)["ladder"] for name in NOISE]
+    extra = ["gain on val by the step before", "three draws of noise, val", "---", "---"]
+    for rung in rungs:
+        step = next((g for name, g in found[0]["gains"].items() if name.endswith(f" to {rung}")), None)
+        extra.append("" if step is None else f"{step[0]:+.1f} ({step[1]:+.1f} to {step[2]:+.1f})")
+        values = [each[rung] for each in noise]
+        extra.append(f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}")
+    extra += [""] * (2 * len(lines) - len(extra))
+    pairs = zip(lines, extra[::2], extra[1::2], strict=True)
+    return "\n".join(
+        f"{line} {gain} | {draws} |" if "---" not in gain else f"{line}---|---|" for line, gain, draws in pairs
+    )
+
+
+def effects_table(results: Path = RESULTS) -> str:
+    """Lay out each idea's effect against its strongest null."""
+    lines = [row("idea", "measured as", "with", "without", "strongest null", "with less null"), "|---|" + "---|" * 5]
+    for idea, effect in read("effects", results).items():
+        low, high = effect["interval"]
+        null = "–" if effect["null"] is None else f"{effect['null']:.1f} ({effect['null_is']})"
+        gain = effect["with"] - (effect["without"] if effect["null"] is None else effect["null"])
+        without = f"{effect['without']:.1f} ({effect['without_is']})"
+        lines.append(
+            row(
+                idea,
+                effect["metric"],
+                f"{effect['with']:.1f}",
+                without,
+                null,
+                f"{gain:+.1f} ({low:+.1f} to {high:+.1f})",
+            )
+        )
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {"ladder": clip_table, "diclip": diclip_table, "effects": effects_table}
+
+
+def update_readme(path: Path = ROOT / "README.md") -> None:
+    """Put each table between the two comments of its name."""
+    text = path.read_text(encoding="utf-8")
+    for name, table in TABLES.items():
+        before, rest = text.split(f"<!-- {name} -->")
+        after = rest.split(f"<!-- /{name} -->")[1]
+        text = f"{before}<!-- {name} -->\n{table()}\n<!-- /{name} -->{after}"
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
