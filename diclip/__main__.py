@@ -106,11 +106,13 @@ def data_minivoc(args: argparse.Namespace) -> Result:
 
 
 def data_check(args: argparse.Namespace) -> Result:
-    from diclip.data import dataset_folder
+    from diclip.data import dataset_folder, dataset_vocabulary
     from diclip.data.check import check_folder
 
-    folder = Path(args.folder) if args.folder else dataset_folder(_settings(args))
-    return {"folder": shown(folder.resolve()), "problems": check_folder(folder.resolve())}
+    settings = _settings(args)
+    folder = (Path(args.folder) if args.folder else dataset_folder(settings)).resolve()
+    classes = None if args.folder else dataset_vocabulary(settings).classes
+    return {"folder": shown(folder), "problems": check_folder(folder, class_names=classes)}
 
 
 def data_difficulty(args: argparse.Namespace) -> Result:
