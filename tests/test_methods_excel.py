@@ -149,6 +149,15 @@ def test_settings_for_another_method_keep_what_was_changed():
     assert for_method(load_settings(attention="vv"), "excel").attention == "vv"
 
 
+@pytest.mark.parametrize(
+    ("method", "name", "message"), [("excel", "attributes", "no attributes at"), ("diclip", "memory", "no memory at")]
+)
+def test_small_files_are_read_before_models(monkeypatch, tmp_path, method, name, message):
+    monkeypatch.setattr("diclip.methods.load_clip", lambda *given, **how: pytest.fail("CLIP was loaded"))
+    with pytest.raises(ValueError, match=message):
+        build_method(load_settings(method=method, **{name: str(tmp_path / "none.yaml")}))
+
+
 def test_faults_are_one_line(settings, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("DICLIP_HEADLESS", "1")
     given = {"clip_model": settings.clip_model, "data_root": settings.data_root, "device": "cpu"}
