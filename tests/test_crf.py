@@ -79,7 +79,8 @@ def test_bad_input_is_said_in_one_line(crf):
         (lambda: crf([scores], [255 * image]), "expected 0 to 1"),
         (lambda: crf([scores - 1], [image]), "found scores from -"),
         (lambda: crf([broken], [image]), "found scores from nan"),
-        (lambda: crf([scores, scores], [image]), "shorter"),
+        (lambda: crf([scores, scores], [image]), "found 1 images and more scores, expected as many of both"),
+        (lambda: crf([scores], [image, image]), "found 1 scores and more images"),
         (lambda: CRF(1, 3, 0, 3, 4), "above 0"),
     ):
         with pytest.raises(ValueError, match=message) as error:
