@@ -125,6 +125,7 @@ def test_the_effect_of_enrichment_counts_patches_inside_objects(settings, method
     nulls = {"shuffled sentences", "shuffled attributes", "mean attribute"}
     assert set(effect["nulls"]) == nulls and effect["null_is"] in nulls and effect["without_is"] == "plain names"
     assert (effect["split"], effect["images"], effect["metric"]) == ("val", 6, "patch-text accuracy")
+    assert effect["attributes"] == "20 for 20 classes"
     assert effect["interval"][0] <= effect["with"] - effect["null"] <= effect["interval"][1]
     right = total = 0
     for sample in open_dataset(settings):
