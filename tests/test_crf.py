@@ -1,10 +1,14 @@
 """Test the dense CRF: what it keeps, what it moves, several processes, bad input, and a missing package."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from diclip.crf import CRF, PRESETS, dense_crf
 from diclip.labels import to_labels
+from diclip.settings import ROOT
 
 
 @pytest.fixture
@@ -93,3 +97,9 @@ def test_a_missing_package_is_said_before_anything_is_read(monkeypatch):
     with pytest.raises(ValueError, match="pip install -e") as error:
         dense_crf(iter([]), iter([]))
     assert "\n" not in str(error.value)
+
+
+def test_workers_start_without_torch():
+    """It would cost each of them seconds and hundreds of megabytes."""
+    code = "import sys, diclip.crf; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
