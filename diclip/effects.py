@@ -286,6 +286,7 @@ def text_enrichment(settings: Settings, progress: Progress = silent) -> dict[str
             found[name].append(counts.cpu().numpy())
     counts = {name: np.concatenate(each) for name, each in found.items()}
     about = told(settings, len(counts["enriched"]))
+    about["attributes"] = f"{len(method.bank)} for {len(method.vocabulary.classes)} classes"
     return {"text enrichment": compare("patch-text accuracy", counts, value=share, seed=settings.seed) | about}
 
 

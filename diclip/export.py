@@ -36,11 +36,13 @@ def export_voc(
     sizes, and FOLDER/results.tar.gz holds them under the same path (comp6: what was learnt from other data too). The
     labels are those of `rung`, by default the last, by its own background rule; no mask of the split is read. An
     export that was killed starts over; one that is finished is never overwritten. Raises ValueError and
-    FileNotFoundError, in one line, for classes that are not VOC's and a split without tags.
+    FileNotFoundError, in one line, for classes that are not VOC's, a split without tags, and a part of a split.
     """
     folder = Path(folder)
     if (folder / ARCHIVE).exists():
         raise ValueError(f"{shown(folder.resolve())} holds a finished export: choose another folder")
+    if settings.num_shards > 1:
+        raise ValueError(f"num_shards is {settings.num_shards}, expected 1: an export packs a whole split")
     dataset = open_dataset(settings, masks=False)
     if dataset.class_names != VOC_CLASSES:
         raise ValueError(f"{settings.dataset} has {len(dataset.class_names)} classes of its own, expected VOC's 20")

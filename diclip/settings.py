@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from diclip.vocabulary import BACKGROUND_WORDS, COCO_SYNONYMS, TEMPLATE, VOC_CLASSES, Vocabulary
+from diclip.vocabulary import BACKGROUND_WORDS, COCO_CLASSES, COCO_SYNONYMS, TEMPLATE, VOC_CLASSES, Vocabulary
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -162,8 +162,10 @@ class Settings(BaseModel):
     seed: int = Field(0, ge=0, lt=2**32, description="seed of everything random")
     run_dir: Folder = Field(Path("runs/scratch"), description="folder that the run writes to")
 
-    def vocabulary(self, classes: tuple[str, ...] = VOC_CLASSES) -> Vocabulary:
-        """Return the classes of a dataset, with what the settings say about them and their background."""
+    def vocabulary(self, classes: tuple[str, ...] | None = None) -> Vocabulary:
+        """Return classes (the dataset's usual ones), with what the settings say about them and their background."""
+        if classes is None:
+            classes = COCO_CLASSES if self.dataset == "coco" else VOC_CLASSES
         synonyms = {name: words for name, words in COCO_SYNONYMS.items() if name in classes}
         return Vocabulary(classes, self.background_words, self.template, synonyms)
 

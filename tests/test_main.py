@@ -52,6 +52,9 @@ def test_help_lists_commands_and_settings(capsys):
     assert stop.value.code == 0
     for word in ("demo", "run", "evaluate", "pretrain", "data", "tau_box", "background_words"):
         assert f"  {word} " in out
+    assert "earns a box (CAA) [0.79; coco: 0.88; clip-es on mini, clip-es on voc: 0.4; clip-es on coco: 0.7]\n" in out
+    assert "[clip; voc, coco: imagenet; clip-es on voc, clip-es on coco: clip]\n" in out
+    assert "averages [6; clip-es: 8]\n" in out and "path [qq+2kk; excel: qkv]\n" in out
 
 
 def test_evaluate_passes_settings_and_prints_what_fits_a_screen(fake, capsys):
