@@ -46,6 +46,8 @@ results: .venv/ready  ## measure again every number and draw again every figure 
 	$(BIN)/diclip evaluate --split shift --json data/results/clip-shift.json
 	$(BIN)/diclip evaluate --split val --set minivoc_seed=7 --json data/results/clip-val-seed7.json
 	$(BIN)/diclip data difficulty --json data/results/difficulty.json
+	for m in clip-es excel; do $(BIN)/diclip evaluate --method $$m --split val --set baselines=false \
+		--json data/results/$$m-val.json || exit; done
 	$(BIN)/diclip evaluate --method diclip --split val --set ablate=true --json data/results/diclip-val.json
 	$(BIN)/diclip evaluate --method diclip --split shift --json data/results/diclip-shift.json
 	$(BIN)/diclip evaluate --method diclip --split val --set minivoc_seed=7 --json data/results/diclip-val-seed7.json

@@ -67,9 +67,14 @@ def dense_crf(
         preset = PRESETS[preset]
     if workers < 0:
         raise ValueError(f"workers is {workers}, expected 0 or more")
+    check_installed()
+    return _stream(scores, images, partial(_infer, preset), workers)
+
+
+def check_installed() -> None:
+    """Raise ValueError, in one line that says how to get it, where the package is missing."""
     if not find_spec("pydensecrf"):
         raise ValueError("found no package for the dense CRF: pip install -e '.[crf]' (it needs a C++ compiler)")
-    return _stream(scores, images, partial(_infer, preset), workers)
 
 
 def _stream(scores: Iterable[Tensor], images: Iterable[Tensor], infer: partial, workers: int) -> Iterator[Tensor]:

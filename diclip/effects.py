@@ -49,8 +49,9 @@ def measure_effects(settings: Settings, progress: Progress = silent) -> dict[str
     what it was measured. With the method `excel` it is what needs no diffusion model. Raises ValueError for a dataset
     without parts and objects, and what `build_method` raises.
     """
-    if settings.scales != (1.0,) or settings.flip:
-        raise ValueError("scales and flip are set, but effects are measured at a single scale: leave them out")
+    if settings.scales != (1.0,) or settings.flip or settings.refine != "none":
+        found = "scales, flip or refine is set"
+        raise ValueError(f"{found}, but effects are of maps at a single scale, before any pixels: leave them out")
     if settings.method == "excel":
         return text_enrichment(settings, progress)
     if settings.dataset != "minivoc":

@@ -55,9 +55,12 @@ Background = Literal["fixed", "sweep"]
 Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 Models = Annotated[tuple[Model, ...], BeforeValidator(_words), Field(min_length=1)]
 Scales = Annotated[tuple[Annotated[float, Field(gt=0, le=4)], ...], BeforeValidator(_words), Field(min_length=1)]
+System = Literal["clip", "clip-es", "excel", "diclip"]
+Systems = Annotated[tuple[System, ...], BeforeValidator(_words), Field(min_length=1)]
 Stage = Literal["encoder", "cam", "diffusion", "acr", "caa", "rar", "par", "crf"]
 Stages = Annotated[tuple[Stage, ...], BeforeValidator(_words)]
 Numbers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_words), Field(min_length=1)]
+Distances = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_words), Field(min_length=1)]
 
 
 class Settings(BaseModel):
@@ -73,7 +76,8 @@ class Settings(BaseModel):
     )
 
     preset: Literal["mini", "voc", "coco"] = Field("mini", description="where the other defaults come from")
-    method: Literal["clip", "clip-es", "excel", "diclip"] = Field("clip", description="the system")
+    method: System = Field("clip", description="the system")
+    systems: Systems = Field(("clip", "clip-es", "excel"), description="systems that a notebook compares")
 
     dataset: Literal["minivoc", "voc", "coco"] = Field("minivoc", description="the images")
     data_root: Folder = Field(Path("data"), description="folder that holds the datasets")
@@ -142,6 +146,10 @@ class Settings(BaseModel):
     flip: bool = Field(False, description="also look at mirror images")
     flip_join: Literal["mean", "max"] = Field("mean", description="what joins a map with its mirror image's")
 
+    refine: Literal["none", "par", "crf"] = Field("none", description="what refines the last rung's scores by pixels")
+    par_dilations: Distances = Field((1, 2, 4, 8), description="pixels to the neighbours that PAR looks at")
+    confidence: float = Field(0.0, ge=0, le=1, description="also score labels alone that are so sure; 0: no")
+
     baselines: bool = Field(True, description="also score what needs no learning")
     ablate: bool = Field(False, description="also score the system without each of its parts")
 
@@ -196,6 +204,9 @@ _STABLE_DIFFUSION: dict[str, Any] = {
     "memory_per_class": 10,
 }
 
+# Pixel-adaptive refinement as published, for pictures three to five times as large as MiniVOC's.
+_PAR: dict[str, Any] = {"par_dilations": (1, 2, 4, 8, 12, 24)}
+
 # What a preset changes of the defaults.
 PRESETS: dict[str, dict[str, Any]] = {
     "mini": {},
@@ -212,6 +223,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "attributes": "diclip/sentences/voc.yaml",
         "attribute_clusters": 112,
         **_STABLE_DIFFUSION,
+        **_PAR,
         "memory": "data/voc/memory.safetensors",
         "workers": 4,
     },
@@ -229,6 +241,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "attributes": "diclip/sentences/coco.yaml",
         "attribute_clusters": 224,
         **_STABLE_DIFFUSION,
+        **_PAR,
         "memory": "data/coco/memory.safetensors",
         "memory_pictures": 50,
         "memory_per_class": 5,

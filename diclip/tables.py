@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diclip.runs import replacing
-from diclip.settings import ROOT
+from diclip.settings import ROOT, shown
 
 RESULTS = ROOT / "data/results"
 SPLITS = {"val": "val", "val-seed7": "other scenes (`minivoc_seed=7`)", "shift": "shift: new outlines and materials"}
@@ -21,6 +21,17 @@ RUNGS = {
     "tsa": "`tsa`: + a memory of generated pictures",
     "caa": "`caa`: + class-aware affinity",
     "rar": "`rar`: + recursive affinity",
+    "gradcam": "`gradcam`: softmax Grad-CAM",
+    "tse": "`tse`: + attributes in the texts",
+    "par": "`par`: + pixel-adaptive refinement",
+    "crf": "`crf`: + dense CRF",
+}
+# Each system's last raw and last refined rung.
+SYSTEMS = {
+    "clip": ("intra", "caa"),
+    "clip-es": ("gradcam", "caa"),
+    "excel": ("tse", "caa"),
+    "diclip": ("tsa", "rar"),
 }
 BASELINES = {
     "grabcut": "saliency + GrabCut + tags",
@@ -95,6 +106,34 @@ def diclip_table(results: Path = RESULTS) -> str:
     )
 
 
+def systems_table(results: Path = RESULTS) -> str:
+    """Lay all systems out side by side, those that are stored: the last raw rung, the last refined, then by pixels.
+
+    Raises FileNotFoundError, in one line, if none is there, and ValueError if they are of different images.
+    """
+    found = {name: read(f"{name}-val", results) for name in SYSTEMS if (results / f"{name}-val.json").is_file()}
+    if not found:
+        raise FileNotFoundError(f"{shown(results)} holds no result of any system: write them with `make results`")
+    sizes = {f"{r['settings']['split']}, {r['images']} images" for r in found.values()}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{shown(results)} holds results of {' and of '.join(sorted(sizes))}: evaluate all on the same"
+        )
+    by_pixels = [rung for rung in ("par", "crf") if any(rung in r["ladder"] for r in found.values())]
+    titles = {"par": "then PAR", "crf": "then dense CRF"}
+    lines = [row(f"system; {sizes.pop()}", "last raw rung", "last refined rung", *map(titles.get, by_pixels))]
+    lines.append("|---|---|---|" + "---|" * len(by_pixels))
+    for name, result in found.items():
+        cells = [f"`{rung}` {_reached(result, rung)}" for rung in SYSTEMS[name]]
+        lines.append(row(f"`{name}`", *cells, *(_reached(result, rung) for rung in by_pixels)))
+    return "\n".join(lines)
+
+
+def _reached(result: dict[str, Any], rung: str) -> str:
+    ladder = result["ladder"]
+    return spread(ladder[rung], result["intervals"][rung]) if rung in ladder else "–"
+
+
 def effects_table(results: Path = RESULTS) -> str:
     """Lay out each idea's effect against its strongest null."""
     lines = [row("idea", "measured as", "with", "without", "strongest null", "with less null"), "|---|" + "---|" * 5]
@@ -116,7 +155,12 @@ def effects_table(results: Path = RESULTS) -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {"ladder": clip_table, "diclip": diclip_table, "effects": effects_table}
+TABLES: dict[str, Callable[[], str]] = {
+    "ladder": clip_table,
+    "systems": systems_table,
+    "diclip": diclip_table,
+    "effects": effects_table,
+}
 
 
 def update_readme(path: Path = ROOT / "README.md") -> None:

@@ -118,7 +118,7 @@ def test_the_table(settings, monkeypatch):
 def test_other_datasets_are_refused(settings):
     with pytest.raises(ValueError, match="expected minivoc"):
         effects.measure_effects(settings.model_copy(update={"dataset": "voc"}))
-    with pytest.raises(ValueError, match="effects are measured at a single scale"):
+    with pytest.raises(ValueError, match="effects are of maps at a single scale"):
         effects.measure_effects(settings.model_copy(update={"flip": True}))
 
 
