@@ -6,6 +6,7 @@ Whatever a null can choose (how strong it is, which block it reads) is chosen fo
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,6 @@ from diclip.report import protocol
 from diclip.runs import environment
 from diclip.score import Metric, boundary_counts, image_counts, mean, miou, paired_interval, part_counts
 from diclip.settings import Settings, for_method
-from diclip.vocabulary import Vocabulary
 
 Counted = NDArray[Any]
 PARTS = ("intra", "vce", "vce colour", "vce place")
@@ -192,9 +192,7 @@ def co_occurrence(
     count = min(scenes, len(open_dataset(settings, masks=False)))
     systems = {
         "": PlainCLIP(settings, method.clip),
-        ", no background words": PlainCLIP(
-            settings, method.clip, vocabulary=Vocabulary(method.vocabulary.classes, (), settings.template)
-        ),
+        ", no background words": PlainCLIP(settings, method.clip, vocabulary=replace(method.vocabulary, background=())),
     }
     wrong: dict[str, dict[str, list[Counted]]] = {name: {} for name in systems}
     for index in progress(range(count), desc="scenes on two places"):
