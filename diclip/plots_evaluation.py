@@ -105,6 +105,8 @@ def dots(
     axis.set_title(title, fontsize=9)
     axis.grid(axis="x", alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    marks = [Line2D([], [], marker="o", linestyle="", color=c, label=n) for n, c in zip(names, COLOURS, strict=False)]
-    figure.legend(handles=marks, loc="outside right upper", fontsize=8, frameon=False)
+    if len(names) > 1:
+        pairs = zip(names, COLOURS, strict=False)
+        marks = [Line2D([], [], marker="o", linestyle="", color=colour, label=name) for name, colour in pairs]
+        figure.legend(handles=marks, loc="outside right upper", fontsize=8, frameon=False)
     return figure
