@@ -78,7 +78,7 @@ def measure_effects(settings: Settings, progress: Progress = silent) -> dict[str
         return compare(metric, chosen, value=value, seed=settings.seed) | about | more
 
     several = {name: counts[tags > 1] for name, counts in scored.items()}
-    vce = ("vce", "intra", "vce colour", "vce place", "vce untrained")
+    vce = ("vce", "intra", "vce colour", "vce colour clustered", "vce place", "vce untrained")
     strengths = {"strengths": {"vce": settings.bias_strength} | {k: v[0] for k, v in beside.strengths.items()}}
     recall = {f"{name} {part}": parts[name][:, index] for name in PARTS for index, part in enumerate(("part", "body"))}
     effects = {
@@ -86,7 +86,7 @@ def measure_effects(settings: Settings, progress: Progress = silent) -> dict[str
         "visual correlation enhancement": effect("mIoU of raw maps", scored, *vce, **strengths),
         "the same at its published strength": effect("mIoU of raw maps", scored, "vce published", "intra"),
         "the same in scenes of several tags": effect("mIoU of raw maps", several, *vce, images=int((tags > 1).sum())),
-        "attention clustering refinement": effect("mIoU of raw maps", scored, "vce", "vce no clusters"),
+        "attention clustering refinement": effect("mIoU of raw maps", scored, "vce clusters", "vce no clusters"),
         "key-value memory": effect("mIoU of raw maps", scored, "tsa", "vce", "tsa shuffled"),
         "class-aware affinity": effect("mIoU, one minus max", scored, "caa", "tsa at 1 - max", "clip caa"),
         "recursive affinity refinement": effect("mIoU, one minus max", scored, "rar", "caa", "clip rar", "grabcut"),

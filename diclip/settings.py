@@ -111,7 +111,7 @@ class Settings(BaseModel):
     coarse_layer: str = Field(
         "up_blocks.2.attentions.1.transformer_blocks.0.attn1", description="self-attention of the correlation"
     )
-    coarse_heads: Numbers = Field((0, 1), description="its heads, from 0; their steps are multiplied")
+    coarse_heads: Numbers = Field((1,), description="its heads, from 0; their steps are multiplied")
     fine_layer: str = Field(
         "up_blocks.2.attentions.1.transformer_blocks.0.attn1", description="self-attention that RAR follows"
     )
@@ -119,11 +119,11 @@ class Settings(BaseModel):
     correlation: Literal["diffusion", "colour"] = Field("diffusion", description="whose correlation biases CLIP")
     correlation_softmax: bool = Field(True, description="walk along probabilities, not along raw likeness")
     correlation_threshold: float = Field(0.2, ge=0, lt=1, description="share of a key's largest that counts")
-    acr: bool = Field(True, description="replace rows of the correlation by their clusters' means")
-    bias_strength: float = Field(1.0, ge=0, description="weight of the correlation in CLIP's surgery path")
+    acr: bool = Field(False, description="replace rows of the correlation by their clusters' means")
+    bias_strength: float = Field(9.0, ge=0, description="weight of the correlation in CLIP's surgery path")
 
     memory: Folder = Field(Path("data/mini/memory.safetensors"), description="file of keys and values")
-    memory_weight: float = Field(0.5, ge=0, description="weight of what the memory retrieves")
+    memory_weight: float = Field(0.02, ge=0, description="weight of what the memory retrieves")
     memory_affinity: Literal["relu_surgery", "exp"] = Field("relu_surgery", description="how keys are compared")
     memory_pictures: int = Field(10, ge=1, description="generated pictures of each class that it is built from")
     memory_prompt: str = Field("a photo of a {}.", pattern=r"^[^{}]*\{\}[^{}]*$", description="what they are to show")
@@ -197,6 +197,9 @@ _STABLE_DIFFUSION: dict[str, Any] = {
     "fine_layer": "up_blocks.3.attentions.1.transformer_blocks.0.attn1",
     "fine_heads": (1, 2),
     "correlation_softmax": False,
+    "acr": True,
+    "bias_strength": 1.0,
+    "memory_weight": 0.5,
     "memory_pictures": 100,
     "memory_prompt": "a realistic photo of one {}, fully visible in the centre, on a clear and distinct background",
     "memory_steps": 45,
@@ -250,9 +253,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# What a system's paper chooses otherwise than the preset. mini takes VOC's, but for ExCEL's blocks: of 1 to 7, chosen
-# on MiniVOC's `tune`. A mini CLIP has fewer blocks than CAA's 8: all are taken.
+# What a system's paper chooses otherwise than the preset. mini takes VOC's, but for DiCLIP's and ExCEL's, chosen
+# on MiniVOC's `tune` (blocks 1 to 7). A mini CLIP has fewer blocks than CAA's 8: all are taken.
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
+    "diclip": {"mini": {"caa_layers": 2, "rar_rounds": 3}},
     "clip-es": {
         "mini": {"tau_box": 0.4, "caa_layers": 8},
         "voc": {"pixel_norm": "clip", "tau_box": 0.4, "caa_layers": 8},
