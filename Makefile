@@ -53,6 +53,6 @@ results: .venv/ready  ## measure again every number and draw again every figure 
 	$(BIN)/diclip evaluate --method diclip --split val --set minivoc_seed=7 --json data/results/diclip-val-seed7.json
 	for n in 1 2; do $(BIN)/diclip evaluate --method diclip --split val --set seed=$$n --set baselines=false \
 		--json data/results/diclip-val-noise$$n.json || exit; done
-	$(BIN)/diclip effects --json data/results/effects.json
+	$(BIN)/diclip effects --set limit=300 --json data/results/effects.json
 	$(BIN)/diclip judge --json data/results/judge.json
 	$(BIN)/python -m diclip.figures

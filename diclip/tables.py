@@ -93,10 +93,10 @@ def diclip_table(results: Path = RESULTS) -> str:
     found = [read(f"diclip-{name}", results) for name in SPLITS]
     lines, rungs = ladder(found), list(found[0]["ladder"])
     noise = [read(name, results)["ladder"] for name in NOISE]
-    extra = ["gain on val by the step before", "three draws of noise, val", "---", "---"]
+    extra = ["gain over the step before, val", "three draws of noise, val", "---", "---"]
     for rung in rungs:
         step = next((g for name, g in found[0]["gains"].items() if name.endswith(f" to {rung}")), None)
-        extra.append("" if step is None else f"{step[0]:+.1f} ({step[1]:+.1f} to {step[2]:+.1f})")
+        extra.append("" if step is None else _gain(step[0], step[1:]))
         values = [each[rung] for each in noise]
         extra.append(f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}")
     extra += [""] * (2 * len(lines) - len(extra))
@@ -136,23 +136,20 @@ def _reached(result: dict[str, Any], rung: str) -> str:
 
 def effects_table(results: Path = RESULTS) -> str:
     """Lay out each idea's effect against its strongest null."""
-    lines = [row("idea", "measured as", "with", "without", "strongest null", "with less null"), "|---|" + "---|" * 5]
+    titles = ("idea", "measured as", "with", "without", "gain", "strongest null", "gain over it")
+    lines = [row(*titles), "|---|" + "---|" * (len(titles) - 1)]
     for idea, effect in read("effects", results).items():
-        low, high = effect["interval"]
-        null = "–" if effect["null"] is None else f"{effect['null']:.1f} ({effect['null_is']})"
-        gain = effect["with"] - (effect["without"] if effect["null"] is None else effect["null"])
-        without = f"{effect['without']:.1f} ({effect['without_is']})"
-        lines.append(
-            row(
-                idea,
-                effect["metric"],
-                f"{effect['with']:.1f}",
-                without,
-                null,
-                f"{gain:+.1f} ({low:+.1f} to {high:+.1f})",
-            )
+        own, without, null = effect["with"], effect["without"], effect["null"]
+        cells = [f"{own:.1f}", f"{without:.1f} ({effect['without_is']})", _gain(own - without, effect["over_without"])]
+        beside = (
+            ["–"] * 2 if null is None else [f"{null:.1f} ({effect['null_is']})", _gain(own - null, effect["interval"])]
         )
+        lines.append(row(idea, effect["metric"], *cells, *beside))
     return "\n".join(lines)
+
+
+def _gain(value: float, interval: Sequence[float]) -> str:
+    return f"{value:+.1f} ({interval[0]:+.1f} to {interval[1]:+.1f})"
 
 
 TABLES: dict[str, Callable[[], str]] = {

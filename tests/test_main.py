@@ -65,7 +65,7 @@ def test_evaluate_passes_settings_and_prints_what_fits_a_screen(fake, capsys):
         seen.append(settings)
         return {**REPORT, "settings": settings.model_dump(mode="json")}
 
-    fake("diclip.evaluate", evaluate=evaluate)
+    fake("diclip.evaluate", evaluate=evaluate, silent=None)
     arguments = ["evaluate", "--preset", "voc", "--set", "split=train", "--set", "clip_pretrained=none", "--ablate"]
     assert main([*arguments, "--set", "background_words=sky,grass"]) == 0
     expected = {"split": "train", "clip_pretrained": None, "background_words": ("sky", "grass"), "ablate": True}
@@ -150,7 +150,7 @@ def test_errors_are_one_line(fake, capsys, error):
     def evaluate(settings, progress, counts):
         raise error
 
-    fake("diclip.evaluate", evaluate=evaluate)
+    fake("diclip.evaluate", evaluate=evaluate, silent=None)
     assert main(["evaluate"]) == 2
     assert capsys.readouterr() == ("", "diclip: no such thing\n")
 
@@ -248,7 +248,7 @@ def demo(fake, monkeypatch, tmp_path):
         return folder / path.name
 
     def run(evaluate):
-        fake("diclip.evaluate", evaluate=evaluate)
+        fake("diclip.evaluate", evaluate=evaluate, silent=None)
         monkeypatch.delitem(sys.modules, "diclip.demo", raising=False)
         import diclip.demo
 
