@@ -77,7 +77,7 @@ class Settings(BaseModel):
 
     preset: Literal["mini", "voc", "coco"] = Field("mini", description="where the other defaults come from")
     method: System = Field("clip", description="the system")
-    systems: Systems = Field(("clip", "clip-es", "excel"), description="systems that a notebook compares")
+    systems: Systems = Field(("clip", "clip-es", "excel", "diclip"), description="systems that a notebook compares")
 
     dataset: Literal["minivoc", "voc", "coco"] = Field("minivoc", description="the images")
     data_root: Folder = Field(Path("data"), description="folder that holds the datasets")
