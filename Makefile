@@ -50,9 +50,10 @@ results: .venv/ready  ## measure again every number and draw again every figure 
 		--json data/results/$$m-val.json || exit; done
 	$(BIN)/diclip evaluate --method diclip --split val --set ablate=true --json data/results/diclip-val.json
 	$(BIN)/diclip evaluate --method diclip --split shift --json data/results/diclip-shift.json
-	$(BIN)/diclip evaluate --method diclip --split val --set minivoc_seed=7 --json data/results/diclip-val-seed7.json
-	for n in 1 2; do $(BIN)/diclip evaluate --method diclip --split val --set seed=$$n --set baselines=false \
-		--json data/results/diclip-val-noise$$n.json || exit; done
+	$(BIN)/diclip evaluate --method diclip --split val --set minivoc_seed=7 --set limit=300 \
+		--json data/results/diclip-val-seed7.json
+	for n in 0 1 2; do $(BIN)/diclip evaluate --method diclip --split val --set seed=$$n --set limit=300 \
+		--set baselines=false --json data/results/diclip-noise$$n.json || exit; done
 	$(BIN)/diclip effects --set limit=300 --json data/results/effects.json
 	$(BIN)/diclip judge --json data/results/judge.json
 	$(BIN)/python -m diclip.figures

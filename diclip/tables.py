@@ -13,7 +13,7 @@ from diclip.settings import ROOT, shown
 
 RESULTS = ROOT / "data/results"
 SPLITS = {"val": "val", "val-seed7": "other scenes (`minivoc_seed=7`)", "shift": "shift: new outlines and materials"}
-NOISE = ("diclip-val", "diclip-val-noise1", "diclip-val-noise2")  # other draws of the diffusion model's noise
+NOISE = ("diclip-noise0", "diclip-noise1", "diclip-noise2")  # other draws of the diffusion model's noise
 RUNGS = {
     "clip": "`clip`: CLIP's own patches",
     "intra": "`intra`: + intra-correlation",
@@ -92,8 +92,9 @@ def diclip_table(results: Path = RESULTS) -> str:
     """Lay out DiCLIP's ladder, the gain of each step, and how much the draw of noise matters."""
     found = [read(f"diclip-{name}", results) for name in SPLITS]
     lines, rungs = ladder(found), list(found[0]["ladder"])
-    noise = [read(name, results)["ladder"] for name in NOISE]
-    extra = ["gain over the step before, val", "three draws of noise, val", "---", "---"]
+    runs = [read(name, results) for name in NOISE]
+    noise = [each["ladder"] for each in runs]
+    extra = ["gain over the step before, val", f"three draws of noise, first {runs[0]['images']} images", "---", "---"]
     for rung in rungs:
         step = next((g for name, g in found[0]["gains"].items() if name.endswith(f" to {rung}")), None)
         extra.append("" if step is None else _gain(step[0], step[1:]))
