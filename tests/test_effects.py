@@ -11,7 +11,7 @@ from diclip.data import batches, open_dataset
 from diclip.diffusion import load_diffusion
 from diclip.memory import Memory
 from diclip.methods import build_method
-from diclip.nulls import NULLS, RAW, REFINED, Beside, shuffled, untrained
+from diclip.nulls import NULLS, RAW, REFINED, STRENGTHS, Beside, shuffled, untrained
 from diclip.remember import key_features, remember_crops
 from diclip.score import mean, paired_interval
 from diclip.settings import load_settings
@@ -42,9 +42,9 @@ def test_the_maps_of_diclip_are_its_own(beside, batch):
         torch.testing.assert_close(found[name].scores, own[name].scores)
     torch.testing.assert_close(found["clip rar"].scores, own["clip_rar"].scores)
     assert set(RAW) | set(REFINED) <= {*found, *(f"vce {null}" for null in NULLS)}
-    strong = {null: found[f"vce {null} x 8.0"].scores for null in NULLS}
+    strong = {null: found[f"vce {null} x {STRENGTHS[-1]}"].scores for null in NULLS}
     for null, scores in strong.items():
-        assert not torch.allclose(scores, found[f"vce {null} x 0.5"].scores), null
+        assert not torch.allclose(scores, found[f"vce {null} x {STRENGTHS[0]}"].scores), null
     assert len({round(float(scores.double().sum()), 6) for scores in strong.values()}) == len(NULLS)
 
 

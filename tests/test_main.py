@@ -54,7 +54,7 @@ def test_help_lists_commands_and_settings(capsys):
         assert f"  {word} " in out
     assert "earns a box (CAA) [0.79; coco: 0.88; clip-es on mini, clip-es on voc: 0.4; clip-es on coco: 0.7]\n" in out
     assert "[clip; voc, coco: imagenet; clip-es on voc, clip-es on coco: clip]\n" in out
-    assert "averages [6; clip-es: 8]\n" in out and "path [qq+2kk; excel: qkv]\n" in out
+    assert "averages [6; diclip on mini: 2; clip-es: 8]\n" in out and "path [qq+2kk; excel: qkv]\n" in out
 
 
 def test_evaluate_passes_settings_and_prints_what_fits_a_screen(fake, capsys):
