@@ -56,4 +56,5 @@ results: .venv/ready  ## measure again every number and draw again every figure 
 		--set baselines=false --json data/results/diclip-noise$$n.json || exit; done
 	$(BIN)/diclip effects --set limit=300 --json data/results/effects.json
 	$(BIN)/diclip judge --json data/results/judge.json
+	$(BIN)/diclip bench --preset voc --random-weights --json data/results/bench.json
 	$(BIN)/python -m diclip.figures

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from diclip.bench import bench_table
 from diclip.runs import replacing
 from diclip.settings import ROOT, shown
 
@@ -153,11 +154,17 @@ def _gain(value: float, interval: Sequence[float]) -> str:
     return f"{value:+.1f} ({interval[0]:+.1f} to {interval[1]:+.1f})"
 
 
+def speed_table(results: Path = RESULTS) -> str:
+    """Lay out what `diclip bench` measured at real size."""
+    return bench_table(read("bench", results))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "ladder": clip_table,
     "systems": systems_table,
     "diclip": diclip_table,
     "effects": effects_table,
+    "speed": speed_table,
 }
 
 
