@@ -48,6 +48,12 @@ def _words(value: Any) -> Any:
     return yaml.safe_load(f"[{value.strip().strip('[]')}]") if isinstance(value, str) else value
 
 
+def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] > pair[1]:
+        raise ValueError(f"found {pair[0]:g} to {pair[1]:g}, expected the smaller number first")
+    return pair
+
+
 Folder = Annotated[Path, AfterValidator(_absolute), PlainSerializer(shown, when_used="json")]
 Model = Annotated[str, AfterValidator(_model), PlainSerializer(_model_shown, when_used="json")]
 Attention = Literal["qk", "qq", "kk", "vv", "identity", "3identity", "bias", "qkv", "qq+2kk"]
@@ -58,6 +64,13 @@ Scales = Annotated[tuple[Annotated[float, Field(gt=0, le=4)], ...], BeforeValida
 Stage = Literal["encoder", "cam", "diffusion", "acr", "caa", "rar", "par", "crf"]
 Stages = Annotated[tuple[Stage, ...], BeforeValidator(_words)]
 Numbers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_words), Field(min_length=1)]
+
+
+Interval = Annotated[
+    tuple[Annotated[float, Field(gt=0, le=8)], Annotated[float, Field(gt=0, le=8)]],
+    BeforeValidator(_words),
+    AfterValidator(_ascending),
+]
 
 
 class Settings(BaseModel):
@@ -149,6 +162,28 @@ class Settings(BaseModel):
     pretrain_steps: int = Field(0, ge=0, description="steps of a mini model's training; 0: its recipe's")
     max_minutes: float = Field(0, ge=0, description="stop a training after that time, to be resumed; 0: never")
 
+    supervision: Literal["tags", "masks"] = Field("tags", description="what a network learns from; masks: its ceiling")
+    train_split: str = Field("train", pattern=r"^[\w-]+$", description="images that a network is trained on")
+    val_split: str = Field("val", pattern=r"^[\w-]+$", description="images that a trained network is reported on")
+    max_iters: int = Field(600, ge=1, description="steps of a training")
+    warmup_iters: int = Field(20, ge=0, description="steps in which the learning rate grows; then it falls to zero")
+    learning_rate: float = Field(2e-3, gt=0, description="the largest learning rate")
+    weight_decay: float = Field(1e-2, ge=0, description="AdamW's weight decay")
+    train_batch: int = Field(4, ge=1, description="crops of a step, of all processes and accumulated parts together")
+    accumulate: int = Field(1, ge=1, description="parts that a step's crops are taken in, for less memory")
+    mixed_precision: Literal["no", "fp16", "bf16"] = Field("no", description="numbers that a network computes in")
+    crop_scales: Interval = Field((0.5, 2.0), description="smallest and largest scale of an image that is cropped")
+    parity_crops_see_masks: bool = Field(
+        False, description="PIXEL SUPERVISION, as the released code has it: choose crops by the true masks"
+    )
+    validate_every: int = Field(100, ge=0, description="steps between validations on tune_split; 0: none")
+    validate_images: int = Field(0, ge=0, description="first images of tune_split that they score; 0: all")
+    save_every: int = Field(50, ge=1, description="steps between checkpoints")
+    log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
+    scored_checkpoint: Literal["last", "best"] = Field("last", description="which is reported; best: on tune_split")
+    score_pseudo_labels: bool = Field(True, description="also score what a network learned from, on val_split")
+    reference_run: Folder | None = Field(None, description="run of supervision masks, to report beside this one")
+
     bench_stages: Stages = Field((), description="what is timed, in that order; none named: all that runs here")
     bench_images: int = Field(4, ge=1, description="images at a time, in the benchmark")
     bench_tags: int = Field(3, ge=1, le=len(VOC_CLASSES), description="classes present in each of them")
@@ -194,6 +229,16 @@ _STABLE_DIFFUSION: dict[str, Any] = {
     "memory_per_class": 10,
 }
 
+# DiCLIP's published schedules, which ExCEL changes below.
+_TRAINING: dict[str, Any] = {
+    "max_iters": 20_000,
+    "warmup_iters": 50,
+    "validate_every": 2000,
+    "validate_images": 500,
+    "save_every": 500,
+    "log_every": 50,
+}
+
 # What a preset changes of the defaults.
 PRESETS: dict[str, dict[str, Any]] = {
     "mini": {},
@@ -211,6 +256,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "attribute_clusters": 112,
         **_STABLE_DIFFUSION,
         "memory": "data/voc/memory.safetensors",
+        **_TRAINING,
+        "train_split": "train_aug",
         "workers": 4,
     },
     "coco": {
@@ -230,6 +277,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "memory": "data/coco/memory.safetensors",
         "memory_pictures": 50,
         "memory_per_class": 5,
+        **_TRAINING,
+        "max_iters": 100_000,
+        "warmup_iters": 200,
+        "learning_rate": 1e-3,
+        "validate_every": 10_000,
         "workers": 4,
     },
 }
@@ -244,7 +296,7 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "excel": {
         "mini": {"attention": "qkv", "surgery_blocks": 3},
-        "voc": {"attention": "qkv", "surgery_blocks": 5},
+        "voc": {"attention": "qkv", "surgery_blocks": 5, "max_iters": 30_000, "learning_rate": 1e-3},
         "coco": {"attention": "qkv", "surgery_blocks": 5},
     },
 }
