@@ -276,7 +276,8 @@ def brief(result: Result) -> Result:
         title = "with minus null (without one: minus without), 95 % bootstrap over images"
         return {"protocol": effect["protocol"], title: rows}
     if "val_miou" in result:
-        return {name: value for name, value in result.items() if name != "settings"}
+        spans = {k: "–".join(map(_cell, v)) for k, v in result.items() if k.endswith("interval") and v}
+        return {name: value for name, value in {**result, **spans}.items() if name != "settings"}
     if "recognised" in result:
         own = result["judge"]
         real = {"value": own["accuracy"], "low": own["low"], "high": own["high"]}

@@ -32,7 +32,11 @@ class System(Protocol):
     """
 
     def loss(self, batch: Batch, *, step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return named scalars, of which "loss" is minimised; see `distributed.total` for several processes."""
+        """Return named scalars, of which "loss" is minimised.
+
+        Of a batch that several processes share each sees a part; gradients are averaged over them. A loss whose sums
+        and counts are added up over the processes, with gradients, is then the loss of the whole batch.
+        """
 
     def segment(self, images: Tensor) -> Tensor:
         """Return logits (B, 1 + C, h, w) of images (B, 3, S, S), background first, without tags."""

@@ -151,6 +151,9 @@ class Settings(BaseModel):
     background: Background = Field("sweep", description="background score of raw maps; sweep: the best on tune")
     background_score: float = Field(0.5, ge=0, le=1, description="the fixed background score")
 
+    max_iters: int = Field(300, ge=1, description="steps of a training, which shares below are of")
+    supervision: Literal["tags", "masks"] = Field("tags", description="what teaches the decoder; masks: the true ones")
+
     scales: Scales = Field((1.0,), description="sizes that maps are averaged over, of image_size")
     flip: bool = Field(False, description="also look at mirror images")
     flip_join: Literal["mean", "max"] = Field("mean", description="what joins a map with its mirror image's")
@@ -162,10 +165,8 @@ class Settings(BaseModel):
     pretrain_steps: int = Field(0, ge=0, description="steps of a mini model's training; 0: its recipe's")
     max_minutes: float = Field(0, ge=0, description="stop a training after that time, to be resumed; 0: never")
 
-    supervision: Literal["tags", "masks"] = Field("tags", description="what a network learns from; masks: its ceiling")
     train_split: str = Field("train", pattern=r"^[\w-]+$", description="images that a network is trained on")
     val_split: str = Field("val", pattern=r"^[\w-]+$", description="images that a trained network is reported on")
-    max_iters: int = Field(600, ge=1, description="steps of a training")
     warmup_iters: int = Field(20, ge=0, description="steps in which the learning rate grows; then it falls to zero")
     learning_rate: float = Field(2e-3, gt=0, description="the largest learning rate")
     weight_decay: float = Field(1e-2, ge=0, description="AdamW's weight decay")
