@@ -50,7 +50,7 @@ def _words(value: Any) -> Any:
 
 def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
     if pair[0] > pair[1]:
-        raise ValueError(f"found {pair[0]:g} to {pair[1]:g}, expected the smaller number first")
+        raise ValueError(f"setting 'crop_scales' is {pair[0]:g} to {pair[1]:g}, expected the smaller number first")
     return pair
 
 

@@ -12,11 +12,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from diclip.compare import load_result
 from diclip.evaluate import Progress, silent
 from diclip.runs import locked, write_json
+from diclip.score import Counts, miou, paired_interval
 from diclip.settings import ROOT, Folder, load_settings, shown
 
 MEASURED = ("val_miou", "pseudo_miou", "full_supervision_miou", "seconds", "peak_mb")
@@ -41,14 +44,17 @@ class Sweep(BaseModel):
     grid: dict[str, list[Any]] = {}
     notebook: str | None = None
 
+    def folder(self, variant: str, name: str) -> Path:
+        """Return where a run lies."""
+        return self.run_dir / variant / name
+
     def runs(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
         """Yield each run's variant, point of the grid, and settings; raise ValueError for settings that do not fit."""
         for variant, changed in self.variants.items():
             for values in product(*self.grid.values()):
                 point = dict(zip(self.grid, values, strict=True))
-                name = ",".join(f"{key}={value}" for key, value in point.items()) or "run"
-                folder = self.run_dir / variant / name.replace("/", "-")
-                given = {**self.base, **changed, **point, "run_dir": str(folder)}
+                name = ",".join(f"{key}={value}" for key, value in point.items()).replace("/", "-") or "run"
+                given = {**self.base, **changed, **point, "run_dir": str(self.folder(variant, name))}
                 load_settings(**given)
                 yield variant, name, given
 
@@ -69,7 +75,7 @@ def read_sweep(path: str | Path) -> Sweep:
 
 
 def run_sweep(path: str | Path, progress: Progress = silent) -> dict[str, Any]:
-    """Run what is not finished, each in a process of its own; return the table, the means and what failed.
+    """Run what is not finished, each in a process of its own; return runs, means, differences and what failed.
 
     Beside each run's folder lies its output, NAME.log; run_dir/table.json holds what is returned. Running a
     sweep again runs what failed, resumes what was killed, and skips the rest.
@@ -80,7 +86,8 @@ def run_sweep(path: str | Path, progress: Progress = silent) -> dict[str, Any]:
     with locked(sweep.run_dir):
         rows = [_row(variant, name, given, sweep.notebook) for variant, name, given in progress(runs, desc="sweep")]
         failed = [f"{row['variant']}/{row['run']}: {row.pop('reason')}" for row in rows if row["state"] == "failed"]
-        result = {"runs": rows, "means": means(rows), "problems": failed}
+        pairs = {"B - A in mIoU, paired 95 % bootstrap over images": differences(sweep, rows)}
+        result = {"runs": rows, "means": means(rows), **pairs, "problems": failed}
         write_json(sweep.run_dir / "table.json", result)
     return result
 
@@ -131,4 +138,28 @@ def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 spread = math.sqrt(sum((x - mean) ** 2 for x in values) / (len(values) - 1)) if several else None
                 line[f"± {name}"] = spread
         found.append(line)
+    return found
+
+
+def differences(sweep: Sweep, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return how much the other variants differ from the first, over the points of the grid that both have finished.
+
+    An image's counts are summed over these points, seeds as a rule, and images are what is resampled.
+    """
+    stored: dict[str, dict[str, Counts]] = {}
+    for row in rows:
+        path = sweep.folder(row["variant"], row["run"]) / "val.json"
+        if row["state"] == "finished" and path.exists():
+            found = load_result(path)
+            stored.setdefault(row["variant"], {})[row["run"]] = found.counts(list(found.result["ladder"])[-1])
+    first, *others = sweep.variants
+    found = []
+    for other in others:
+        shared = [name for name in stored.get(first, {}) if name in stored.get(other, {})]
+        if shared:
+            sums = [np.sum([stored[variant][name] for name in shared], axis=0) for variant in (first, other)]
+            reached = {side: round(float(miou(x.sum(0))), 2) for side, x in zip("AB", sums, strict=True)}
+            gain = paired_interval(*sums, generator=np.random.default_rng(0))
+            spread = {"B - A": round(gain.value, 2), "low": round(gain.low, 2), "high": round(gain.high, 2)}
+            found.append({"A is": first, "B is": other, "runs": len(shared), **reached, **spread})
     return found

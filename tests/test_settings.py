@@ -150,3 +150,9 @@ def test_every_setting_is_described():
 def test_attentions_are_those_of_the_surgery_path():
     surgery = pytest.importorskip("diclip.surgery")
     assert set(get_args(Attention)) == set(surgery.ATTENTIONS)
+
+
+def test_scales_of_crops_are_in_order():
+    assert load_settings(crop_scales="0.5, 2").crop_scales == (0.5, 2)
+    with pytest.raises(ValueError, match="setting 'crop_scales' is 2 to 0.5, expected the smaller number first"):
+        load_settings(crop_scales="2, 0.5")

@@ -5,12 +5,14 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 
 from diclip import sweep as sweeps
 from diclip.settings import ROOT, load_settings
-from diclip.sweep import means, read_sweep, run_sweep
+from diclip.sweep import differences, means, read_sweep, run_sweep
+from diclip.tally import rows_of
 
 PARAMS = sorted((ROOT / "notebooks/params").glob("*.yaml"))
 
@@ -74,6 +76,27 @@ def test_failed_runs_are_listed_and_run_again_finished_ones_skipped(file, traini
     assert whole["± val_miou"] == pytest.approx(2**0.5) and without["val_miou"] == 41 and whole["pseudo_miou"] is None
     run_sweep(file)
     assert len(trainings.arguments) == 5
+
+
+def test_variants_are_compared_image_by_image(file, tmp_path):
+    """Write counts of three images, two seeds: A gets half of an object, B all of it, and both the background."""
+    sweep, rows = read_sweep(file), []
+    names = {"names": np.array(["x", "y", "z"]), "classes": np.array(["cat"])}
+    for variant, hits in (("whole", 5), ("without_vce", 10)):
+        for seed in (0, 1):
+            folder = sweep.folder(variant, f"seed={seed}")
+            folder.mkdir(parents=True)
+            counts = np.array([[[90, 100 - hits, 90], [hits, hits, 10]]] * 3)  # hits, predicted, true
+            (folder / "val.json").write_text('{"ladder": {"pseudo labels": 1, "network": 2}}')
+            np.savez(folder / "val.npz", **names, **{"counts/network": rows_of(counts)})
+            rows.append({"variant": variant, "run": f"seed={seed}", "state": "finished"})
+    (found,) = differences(sweep, rows)
+    assert (found["A is"], found["B is"], found["runs"]) == ("whole", "without_vce", 2)
+    half = (90 / 95 + 5 / 10) / 2
+    assert found["A"] == pytest.approx(100 * half, abs=0.006) and found["B"] == 100
+    assert found["low"] == found["B - A"] == found["high"] == pytest.approx(100 - 100 * half, abs=0.006)
+    rows[2]["state"] = rows[3]["state"] = "failed"
+    assert differences(sweep, rows) == []
 
 
 def test_one_run_has_no_deviation():

@@ -192,6 +192,17 @@ def test_two_processes_learn_what_one_does(chosen, processes, tmp_path):
     assert found[0]["val_miou"] == pytest.approx(found[1]["val_miou"], abs=0.1)
 
 
+def test_mixed_precision_is_near(chosen, processes, tmp_path):
+    for name in ("no", "bf16"):  # in processes of their own: accelerate chooses once
+        settings = chosen(tmp_path / name, mixed_precision=name, max_iters=4, learning_rate=1e-3)
+        process = processes.Process(target=run, args=(settings,), kwargs={"build": plain})
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+    for exact, near in zip(records(tmp_path / "no"), records(tmp_path / "bf16"), strict=True):
+        assert near["loss"] == pytest.approx(exact["loss"], rel=0.02) and near["loss"] != exact["loss"]
+
+
 def test_parts_of_a_step_add_up(chosen, tmp_path):
     """Where the loss is a mean over crops, a step in two parts is the step in one."""
 
