@@ -139,8 +139,8 @@ class Settings(BaseModel):
     background: Background = Field("sweep", description="background score of raw maps; sweep: the best on tune")
     background_score: float = Field(0.5, ge=0, le=1, description="the fixed background score")
 
-    max_iters: int = Field(300, ge=1, description="steps of a training, which shares below are of")
-    supervision: Literal["tags", "masks"] = Field("tags", description="what teaches the decoder; masks: the true ones")
+    max_iters: int = Field(600, ge=1, description="steps of a training")
+    supervision: Literal["tags", "masks"] = Field("tags", description="what a network learns from; masks: its ceiling")
     decoder_tokens: Literal["clean", "aliased"] = Field(
         "clean", description="blocks' outputs, or the release's mixture"
     )

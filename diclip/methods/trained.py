@@ -14,6 +14,7 @@ from diclip.affinity import pair_affinity
 from diclip.cam import Maps, normalise
 from diclip.clip import DenseCLIP
 from diclip.data import Batch
+from diclip.diffusion import Diffusion
 from diclip.heads import Segmenter
 from diclip.losses import balanced_cross_entropy, diversity_loss, over_processes, pair_targets
 from diclip.memory import Memory
@@ -129,6 +130,12 @@ class System(nn.Module):
         """Tell how labels are made of the last rung: see `diclip.labels.upsample`."""
         return self.teacher.restretch
 
+    @property
+    def diffusion(self) -> Diffusion | None:
+        """Return the diffusion model that maps need, for whom image sizes depend on it."""
+        method = getattr(self._teacher, "method", None)
+        return getattr(method, "diffusion", None)
+
     @torch.no_grad()
     def _look(self, batch: Batch, step: int | None) -> View:
         with self._exact():
@@ -164,7 +171,7 @@ class System(nn.Module):
 
     def _reached(self, share: float, step: int | None) -> bool:
         """Tell whether a step lies in what follows a share of the training, which after the whole is nothing."""
-        return share < 1 and (step is None or step >= share * self.settings.max_iters)
+        return share < 1 and (step is None or step >= round(share * self.settings.max_iters))
 
     def _exact(self) -> torch.autocast:
         """Keep float32 where mixed precision would move thresholds, means and losses."""

@@ -3,10 +3,13 @@
 from math import isqrt
 
 import pytest
+import torch
 
 from diclip.losses import balanced_cross_entropy, diversity_loss, pair_targets
 
 from .golden import Golden, error
+from .rule import openai_clip
+from .segmenters import released
 
 pytestmark = pytest.mark.parity
 CASE, HEAD = Golden("losses.npz"), Golden("weclip_head.npz")
@@ -59,3 +62,16 @@ def test_weclips_own():
     assert counts == [HEAD["aff_pos_count"].item(), HEAD["aff_neg_count"].item()]
     flat = features.flatten(1)
     assert error(diversity_loss((flat.T @ flat).sigmoid()[None], pairs)[None], HEAD["aff_loss"]) < 2e-6
+
+
+def test_weclips_decoder():
+    """The same fusion head and decoder, on the outputs of 11 blocks."""
+    seed, features = int(Golden("weclip.npz")["weight_seed"]), HEAD["F_u"][None]
+    segmenter = released(seed, len(HEAD["seg_logits_from_Fu"]) - 1, blocks=11)
+    image = Golden("weclip.npz")["image_u8"].permute(2, 0, 1)[None] / 255
+    encoded = openai_clip(seed).encode(image, surgery_blocks=0, need_attention=False)
+    with torch.no_grad():
+        assert error(segmenter.decoder(features)[0], HEAD["seg_logits_from_Fu"]) < 1e-4
+        fused, logits = segmenter(encoded.tokens[:11], encoded.grid)
+    assert error(fused[0], HEAD["fuse_out"]) < 1e-5
+    assert error(logits[0], HEAD["seg_logits_full"]) < 5e-5
