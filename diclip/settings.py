@@ -64,6 +64,7 @@ Scales = Annotated[tuple[Annotated[float, Field(gt=0, le=4)], ...], BeforeValida
 Stage = Literal["encoder", "cam", "diffusion", "acr", "caa", "rar", "par", "crf"]
 Stages = Annotated[tuple[Stage, ...], BeforeValidator(_words)]
 Numbers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_words), Field(min_length=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 Interval = Annotated[
@@ -153,6 +154,27 @@ class Settings(BaseModel):
 
     max_iters: int = Field(600, ge=1, description="steps of a training")
     supervision: Literal["tags", "masks"] = Field("tags", description="what a network learns from; masks: its ceiling")
+    decoder_tokens: Literal["clean", "aliased"] = Field(
+        "clean", description="blocks' outputs, or the release's mixture"
+    )
+    decoder_width: int = Field(64, ge=1, description="channels of the decoder")
+    decoder_heads: int = Field(4, ge=1, description="heads of its attention; they divide the width")
+    decoder_layers: int = Field(3, ge=1, description="its transformer blocks")
+    decoder_dropout: float = Field(0.1, ge=0, lt=1, description="share of its features' channels dropped in training")
+    pair_mean: Literal["image", "batch"] = Field("image", description="whose mean a pair of patches is compared with")
+    pair_radius: int = Field(6, ge=0, description="rows and columns that the pairs of the diversity loss span")
+    pair_weight: float = Field(0.1, ge=0, description="weight of the diversity loss")
+    own_labels_from: Share = Field(1.0, description="share of the steps after which pairs follow the decoder's labels")
+    affinity_from: Share = Field(0.2, description="share of the steps after which its pairs join CAA; 1: never")
+    dynamic_from: Share = Field(0.0, description="share after which the trained maps replace the static ones; 1: never")
+    adapter_slots: int = Field(87, ge=0, description="free slots of the adapter, beside the memory's keys")
+    adapter_spread: float = Field(0.02, ge=0, description="deviation that their weights begin with")
+    adapter_dropout: float = Field(0.1, ge=0, lt=1, description="share of the adapter's values dropped in training")
+    adapter_weight: float = Field(0.1, ge=0, description="weight of the adapter's loss")
+    adapter_strength: float = Field(0.1, ge=0, description="weight of the adapter in the trained maps")
+    train_rar_rounds: int = Field(5, ge=0, description="RAR's steps, for the labels of a training")
+    par_rounds: int = Field(20, ge=0, description="rounds of pixel-adaptive refinement, for ExCEL's labels")
+    par_image: Literal["exact", "truncated"] = Field("exact", description="its pixels; truncated: up to a 255th darker")
 
     scales: Scales = Field((1.0,), description="sizes that maps are averaged over, of image_size")
     flip: bool = Field(False, description="also look at mirror images")
@@ -240,6 +262,20 @@ _TRAINING: dict[str, Any] = {
     "log_every": 50,
 }
 
+# The decoder and the adapter of ExCEL and DiCLIP.
+_PUBLISHED_DECODER: dict[str, Any] = {
+    "decoder_width": 256,
+    "decoder_heads": 8,
+    "pair_radius": 8,
+    "adapter_spread": 1.0,
+}
+
+# What the released code of ExCEL and DiCLIP does beside what it is meant to do: decoders read features that were
+# overwritten in place, pairs of an image depend on the other images of its batch, and PAR sees rounded-down pixels.
+# `norm_dim` is theirs by default. Not needed but to reproduce released weights and numbers:
+# load_settings("voc", method="excel", **QUIRKS).
+QUIRKS: dict[str, Any] = {"decoder_tokens": "aliased", "pair_mean": "batch", "par_image": "truncated"}
+
 # What a preset changes of the defaults.
 PRESETS: dict[str, dict[str, Any]] = {
     "mini": {},
@@ -257,6 +293,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "attribute_clusters": 112,
         **_STABLE_DIFFUSION,
         "memory": "data/voc/memory.safetensors",
+        **_PUBLISHED_DECODER,
         **_TRAINING,
         "train_split": "train_aug",
         "workers": 4,
@@ -276,6 +313,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "attribute_clusters": 224,
         **_STABLE_DIFFUSION,
         "memory": "data/coco/memory.safetensors",
+        **_PUBLISHED_DECODER,
+        "train_rar_rounds": 10,
         "memory_pictures": 50,
         "memory_per_class": 5,
         **_TRAINING,
@@ -287,6 +326,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+# Steps 14,000 and 24,000 of 30,000.
+_SWITCH_EXCEL_VOC: dict[str, Any] = {"affinity_from": 14 / 30, "dynamic_from": 14 / 30, "own_labels_from": 0.8}
+
 # What a system's paper chooses otherwise than the preset. mini takes VOC's, but for ExCEL's blocks: of 1 to 7, chosen
 # on MiniVOC's `tune`. A mini CLIP has fewer blocks than CAA's 8: all are taken.
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
@@ -296,9 +338,19 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
         "coco": {"pixel_norm": "clip", "tau_box": 0.7, "caa_layers": 8},
     },
     "excel": {
-        "mini": {"attention": "qkv", "surgery_blocks": 3},
-        "voc": {"attention": "qkv", "surgery_blocks": 5, "max_iters": 30_000, "learning_rate": 1e-3},
-        "coco": {"attention": "qkv", "surgery_blocks": 5},
+        "mini": {"attention": "qkv", "surgery_blocks": 3, **_SWITCH_EXCEL_VOC},
+        "voc": {
+            "attention": "qkv",
+            "surgery_blocks": 5,
+            "max_iters": 30_000,
+            "learning_rate": 1e-3,
+            **_SWITCH_EXCEL_VOC,
+        },
+        "coco": {"attention": "qkv", "surgery_blocks": 5, "affinity_from": 0.3, "dynamic_from": 0.3},
+    },
+    # On VOC the defaults: the decoder's pairs from step 4,000 of 20,000, the adapter from the first.
+    "diclip": {
+        "coco": {"affinity_from": 0.4, "dynamic_from": 0.6, "own_labels_from": 0.8},
     },
 }
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diclip.settings import PRESETS, ROOT, Attention, Settings, load_settings
+from diclip.settings import PRESETS, QUIRKS, ROOT, Attention, Settings, load_settings
 from diclip.vocabulary import BACKGROUND_WORDS
 
 
@@ -141,6 +141,12 @@ def test_layers_are_those_of_the_mini_model():
     assert (layers[settings.coarse_layer].stride, layers[settings.fine_layer].stride) == (1, 1)
     assert max(settings.coarse_heads) < layers[settings.coarse_layer].heads
     assert max(settings.fine_heads) < layers[settings.fine_layer].heads
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_quirks_are_no_default(preset):
+    clean, parity = load_settings(preset).model_dump(), load_settings(preset, **QUIRKS).model_dump()
+    assert {name for name in clean if clean[name] != parity[name]} == set(QUIRKS)
 
 
 def test_every_setting_is_described():

@@ -34,18 +34,22 @@ class Method(Rungs, Protocol):
     ablations: tuple[str, ...]
 
 
+def build_clip(settings: Settings) -> DenseCLIP:
+    """Load the CLIP that the settings name, to their device; raises ValueError as `build_method` does."""
+    return load_clip(
+        settings.clip_model,
+        pretrained=settings.clip_pretrained,
+        device=pick_device(settings.device),
+        pixel_norm=settings.pixel_norm,
+    )
+
+
 def build_method(settings: Settings, clip: DenseCLIP | None = None) -> Method:
     """Build the system that the settings name, on the CLIP that they name unless one is given.
 
     Raises ValueError, in one line, for weights that are absent or damaged and for a device that is not there.
     """
-    device = pick_device(settings.device)
-    clip = clip or load_clip(
-        settings.clip_model,
-        pretrained=settings.clip_pretrained,
-        device=device,
-        pixel_norm=settings.pixel_norm,
-    )
+    clip = clip or build_clip(settings)
     if settings.method == "clip":
         from diclip.methods.clip import PlainCLIP
 
@@ -63,4 +67,5 @@ def build_method(settings: Settings, clip: DenseCLIP | None = None) -> Method:
     from diclip.methods.diclip import DiCLIP
 
     memory = Memory.load(settings.memory)
-    return DiCLIP(settings, clip, load_diffusion(settings.diffusion_model, device=device), memory)
+    diffusion = load_diffusion(settings.diffusion_model, device=pick_device(settings.device))
+    return DiCLIP(settings, clip, diffusion, memory)
