@@ -6,8 +6,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,8 @@ from diclip.validate import count_masks, write_evaluation
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+Watch = Callable[[dict[str, Any], System], None]
 
 FREE = ("batch_size", "data_root", "device", "max_minutes", "reference_run", "run_dir", "workers")
 """Settings that may differ when a training is resumed: what it computes does not depend on them."""
@@ -51,6 +53,7 @@ def train(
     *,
     resume: bool = False,
     build: Callable[[Settings], System] | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Train in the settings' run folder and return its metrics: what `diclip train` does, in each of its processes.
 
@@ -58,8 +61,9 @@ def train(
     each with model.safetensors, val.json with val.npz for `diclip compare`, and metrics.json at the end. With
     `resume` a run that was killed or ran out of time goes on from its last checkpoint, on a CPU bit for bit as if
     nothing had happened, and a finished one returns its metrics. `build` makes the system, by default the settings'
-    method's. Processes other than the first return nothing. Raises ValueError, in one line, for a folder that cannot
-    be used, a batch that cannot be shared and a loss that is no number.
+    method's; `watch` is shown each line and the system as it is, to draw a curve or predictions. Processes other than
+    the first return nothing. Raises ValueError, in one line, for a folder that cannot be used, a batch that cannot be
+    shared and a loss that is no number.
     """
     folder = settings.run_dir
     if resume and is_finished(folder, settings, free=FREE):
@@ -74,7 +78,7 @@ def train(
                 stack.enter_context(create_run(folder, settings, free=FREE))
             accelerator.wait_for_everyone()
             stack.enter_context(own_chance(settings.seed))
-            training = Training(settings, accelerator, build or _build, progress if first else silent)
+            training = Training(settings, accelerator, build or _build, progress if first else silent, watch)
             if not training.run():
                 raise Paused
             metrics = training.report()
@@ -90,9 +94,14 @@ class Training:
     """Run one training in one process of some; `reached` tells how far it has come."""
 
     def __init__(
-        self, settings: Settings, accelerator: Accelerator, build: Callable[[Settings], System], progress: Progress
+        self,
+        settings: Settings,
+        accelerator: Accelerator,
+        build: Callable[[Settings], System],
+        progress: Progress,
+        watch: Watch | None,
     ) -> None:
-        self.settings, self.accelerator, self.progress = settings, accelerator, progress
+        self.settings, self.accelerator, self.progress, self.watch = settings, accelerator, progress, watch
         self.first = accelerator.is_main_process
         self.last, self.best = (settings.run_dir / "checkpoints" / name for name in ("last", "best"))
         for split in (settings.train_split, settings.tune_split, settings.val_split):
@@ -136,8 +145,9 @@ class Training:
         """Score the finished network on the settings' `val_split` and return all metrics; write val.json."""
         s, at = self.settings, self.reached
         chosen = s.scored_checkpoint if at.best_step else "last"
-        folder = self.best if chosen == "best" else self.last
-        self.system.load_state_dict(load_weights(folder / WEIGHTS)[0])
+        if chosen == "best":
+            self.accelerator.wait_for_everyone()  # the first process may still be writing
+            self.system.load_state_dict(load_weights(self.best / WEIGHTS)[0])
         pseudo = s.score_pseudo_labels and s.supervision == "tags"
         started = time.monotonic()
         found = self._score(s.model_copy(update={"split": s.val_split}), pseudo=pseudo)
@@ -168,9 +178,8 @@ class Training:
         predict = {"network": lambda batch: self.system.segment(batch.images)}
         if pseudo:
             predict = {"pseudo labels": lambda batch: self.system.pseudo_labels(batch, self.reached.step), **predict}
-        self.system.eval()
-        with torch.no_grad(), self.accelerator.autocast():
-            found = count_masks(
+        with self._frozen():
+            return count_masks(
                 settings,
                 predict,
                 device=self.learner.device,
@@ -179,8 +188,6 @@ class Training:
                 gather=_gather,
                 progress=self.progress,
             )
-        self.system.train()
-        return found
 
     def _judge(self) -> dict[str, float]:
         """Score on `tune`, and keep the weights if they are the best so far."""
@@ -206,6 +213,17 @@ class Training:
         if self.first:
             with (self.settings.run_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+            if self.watch is not None:
+                with self._frozen():
+                    self.watch(record, self.system)
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """Let the system be used, not trained."""
+        self.system.eval()
+        with torch.no_grad(), self.accelerator.autocast():
+            yield
+        self.system.train()
 
 
 def _build(settings: Settings) -> System:

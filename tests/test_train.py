@@ -123,7 +123,13 @@ def test_folders_are_never_overwritten(chosen, tmp_path):
 
 
 def test_time_runs_out_and_goes_on(chosen, tmp_path):
-    whole = train(load_settings(**chosen(tmp_path / "whole")), build=Toy)
+    seen = []
+
+    def watch(record, system):
+        seen.append((record["step"], system.training, system.segment(torch.rand(1, 3, 64, 64)).shape))
+
+    whole = train(load_settings(**chosen(tmp_path / "whole")), build=Toy, watch=watch)
+    assert seen == [(step, False, (1, 21, 16, 16)) for step in range(1, 13)]
     short = load_settings(**chosen(tmp_path / "parts", max_minutes=1e-9))
     for step in (1, 2, 3):
         found = train(short, resume=True, build=Toy)
