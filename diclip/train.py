@@ -35,10 +35,11 @@ FREE = ("batch_size", "data_root", "device", "max_minutes", "reference_run", "ru
 
 @dataclass
 class Reached:
-    """Hold how far a training has come: steps done, seconds spent, the best mIoU on `tune` and its step."""
+    """Hold how far a training has come: steps, seconds, of these on `tune`, the best mIoU there and its step."""
 
     step: int = 0
     seconds: float = 0.0
+    judging: float = 0.0
     best: float = -1.0
     best_step: int = 0
 
@@ -123,7 +124,7 @@ class Training:
         until = time.monotonic() + 60 * s.max_minutes if s.max_minutes else math.inf
         for step in self.progress(range(at.step, s.max_iters), desc=f"train {s.method}"):
             losses = self.learner.advance(step, crops)
-            at.step, at.seconds = step + 1, time.monotonic() - started
+            at.step = step + 1
             late = self.learner.any(time.monotonic() > until) if s.max_minutes else False
             ended = at.step == s.max_iters
             judged = bool(s.validate_every) and (ended or at.step % s.validate_every == 0)
@@ -133,6 +134,7 @@ class Training:
                 record = {"step": at.step, "lr": self.learner.rate(step), **self.learner.checked(at.step, losses)}
                 if judged:
                     record |= self._judge()
+                at.seconds = time.monotonic() - started
                 if logged:
                     self._log({**record, "seconds": round(at.seconds, 1)})
                 if saved:
@@ -168,6 +170,7 @@ class Training:
             "protocol": result["protocol"],
             "steps": at.step,
             "seconds": round(at.seconds, 1),
+            "images_per_second": round(at.step * s.train_batch / max(at.seconds - at.judging, 1e-9), 2),
             "scoring_seconds": round(time.monotonic() - started, 1),
             "peak_mb": self.learner.peak_mb(),
             "processes": self.accelerator.num_processes,
@@ -191,13 +194,14 @@ class Training:
 
     def _judge(self) -> dict[str, float]:
         """Score on `tune`, and keep the weights if they are the best so far."""
-        s, at = self.settings, self.reached
+        s, at, started = self.settings, self.reached, time.monotonic()
         found = self._score(s.model_copy(update={"split": s.tune_split, "limit": s.validate_images}))
         value = float(miou(found.rung("network").sum(0)))
         if value > at.best:
             at.best, at.best_step = value, at.step
             if self.first:
                 save_weights(self.best / WEIGHTS, self.system.state_dict(), self._about())
+        at.judging += time.monotonic() - started
         return {"tune_miou": round(value, 3)}
 
     def _save(self) -> None:
