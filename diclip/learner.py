@@ -142,7 +142,9 @@ class Learner:
 
     def checked(self, step: int, losses: dict[str, Tensor]) -> dict[str, float]:
         """Return the mean losses of all processes; raise ValueError for one that is no number."""
-        values = self.accelerator.reduce(torch.stack([value.float() for value in losses.values()]), "mean").tolist()
+        values = self.accelerator.reduce(
+            torch.stack([value.float().to(self.device) for value in losses.values()]), "mean"
+        ).tolist()
         if not all(map(math.isfinite, values)):
             named = ", ".join(f"{name} {value:g}" for name, value in zip(losses, values, strict=True))
             rate = f"a learning_rate below {self.settings.learning_rate:g}"

@@ -6,8 +6,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,16 +27,19 @@ from diclip.validate import count_masks, write_evaluation
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+Watch = Callable[[dict[str, Any], System], None]
+
 FREE = ("batch_size", "data_root", "device", "max_minutes", "reference_run", "run_dir", "workers")
 """Settings that may differ when a training is resumed: what it computes does not depend on them."""
 
 
 @dataclass
 class Reached:
-    """Hold how far a training has come: steps done, seconds spent, the best mIoU on `tune` and its step."""
+    """Hold how far a training has come: steps, seconds, of these on `tune`, the best mIoU there and its step."""
 
     step: int = 0
     seconds: float = 0.0
+    judging: float = 0.0
     best: float = -1.0
     best_step: int = 0
 
@@ -51,6 +54,7 @@ def train(
     *,
     resume: bool = False,
     build: Callable[[Settings], System] | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Train in the settings' run folder and return its metrics: what `diclip train` does, in each of its processes.
 
@@ -58,8 +62,9 @@ def train(
     each with model.safetensors, val.json with val.npz for `diclip compare`, and metrics.json at the end. With
     `resume` a run that was killed or ran out of time goes on from its last checkpoint, on a CPU bit for bit as if
     nothing had happened, and a finished one returns its metrics. `build` makes the system, by default the settings'
-    method's. Processes other than the first return nothing. Raises ValueError, in one line, for a folder that cannot
-    be used, a batch that cannot be shared and a loss that is no number.
+    method's; `watch` is shown each line and the system as it is, to draw a curve or predictions. Processes other than
+    the first return nothing. Raises ValueError, in one line, for a folder that cannot be used, a batch that cannot be
+    shared and a loss that is no number.
     """
     folder = settings.run_dir
     if resume and is_finished(folder, settings, free=FREE):
@@ -74,7 +79,7 @@ def train(
                 stack.enter_context(create_run(folder, settings, free=FREE))
             accelerator.wait_for_everyone()
             stack.enter_context(own_chance(settings.seed))
-            training = Training(settings, accelerator, build or _build, progress if first else silent)
+            training = Training(settings, accelerator, build or _build, progress if first else silent, watch)
             if not training.run():
                 raise Paused
             metrics = training.report()
@@ -90,9 +95,14 @@ class Training:
     """Run one training in one process of some; `reached` tells how far it has come."""
 
     def __init__(
-        self, settings: Settings, accelerator: Accelerator, build: Callable[[Settings], System], progress: Progress
+        self,
+        settings: Settings,
+        accelerator: Accelerator,
+        build: Callable[[Settings], System],
+        progress: Progress,
+        watch: Watch | None,
     ) -> None:
-        self.settings, self.accelerator, self.progress = settings, accelerator, progress
+        self.settings, self.accelerator, self.progress, self.watch = settings, accelerator, progress, watch
         self.first = accelerator.is_main_process
         self.last, self.best = (settings.run_dir / "checkpoints" / name for name in ("last", "best"))
         for split in (settings.train_split, settings.tune_split, settings.val_split):
@@ -114,7 +124,7 @@ class Training:
         until = time.monotonic() + 60 * s.max_minutes if s.max_minutes else math.inf
         for step in self.progress(range(at.step, s.max_iters), desc=f"train {s.method}"):
             losses = self.learner.advance(step, crops)
-            at.step, at.seconds = step + 1, time.monotonic() - started
+            at.step = step + 1
             late = self.learner.any(time.monotonic() > until) if s.max_minutes else False
             ended = at.step == s.max_iters
             judged = bool(s.validate_every) and (ended or at.step % s.validate_every == 0)
@@ -124,6 +134,7 @@ class Training:
                 record = {"step": at.step, "lr": self.learner.rate(step), **self.learner.checked(at.step, losses)}
                 if judged:
                     record |= self._judge()
+                at.seconds = time.monotonic() - started
                 if logged:
                     self._log({**record, "seconds": round(at.seconds, 1)})
                 if saved:
@@ -136,8 +147,9 @@ class Training:
         """Score the finished network on the settings' `val_split` and return all metrics; write val.json."""
         s, at = self.settings, self.reached
         chosen = s.scored_checkpoint if at.best_step else "last"
-        folder = self.best if chosen == "best" else self.last
-        self.system.load_state_dict(load_weights(folder / WEIGHTS)[0])
+        if chosen == "best":
+            self.accelerator.wait_for_everyone()  # the first process may still be writing
+            self.system.load_state_dict(load_weights(self.best / WEIGHTS)[0])
         pseudo = s.score_pseudo_labels and s.supervision == "tags"
         started = time.monotonic()
         found = self._score(s.model_copy(update={"split": s.val_split}), pseudo=pseudo)
@@ -158,6 +170,7 @@ class Training:
             "protocol": result["protocol"],
             "steps": at.step,
             "seconds": round(at.seconds, 1),
+            "images_per_second": round(at.step * s.train_batch / max(at.seconds - at.judging, 1e-9), 2),
             "scoring_seconds": round(time.monotonic() - started, 1),
             "peak_mb": self.learner.peak_mb(),
             "processes": self.accelerator.num_processes,
@@ -168,9 +181,8 @@ class Training:
         predict = {"network": lambda batch: self.system.segment(batch.images)}
         if pseudo:
             predict = {"pseudo labels": lambda batch: self.system.pseudo_labels(batch, self.reached.step), **predict}
-        self.system.eval()
-        with torch.no_grad(), self.accelerator.autocast():
-            found = count_masks(
+        with self._frozen():
+            return count_masks(
                 settings,
                 predict,
                 device=self.learner.device,
@@ -179,18 +191,17 @@ class Training:
                 gather=_gather,
                 progress=self.progress,
             )
-        self.system.train()
-        return found
 
     def _judge(self) -> dict[str, float]:
         """Score on `tune`, and keep the weights if they are the best so far."""
-        s, at = self.settings, self.reached
+        s, at, started = self.settings, self.reached, time.monotonic()
         found = self._score(s.model_copy(update={"split": s.tune_split, "limit": s.validate_images}))
         value = float(miou(found.rung("network").sum(0)))
         if value > at.best:
             at.best, at.best_step = value, at.step
             if self.first:
                 save_weights(self.best / WEIGHTS, self.system.state_dict(), self._about())
+        at.judging += time.monotonic() - started
         return {"tune_miou": round(value, 3)}
 
     def _save(self) -> None:
@@ -206,6 +217,17 @@ class Training:
         if self.first:
             with (self.settings.run_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+            if self.watch is not None:
+                with self._frozen():
+                    self.watch(record, self.system)
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """Let the system be used, not trained."""
+        self.system.eval()
+        with torch.no_grad(), self.accelerator.autocast():
+            yield
+        self.system.train()
 
 
 def _build(settings: Settings) -> System:

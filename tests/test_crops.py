@@ -72,8 +72,8 @@ def test_image_and_mask_are_cut_alike(crops):
         assert crop.image.shape == (3, 32, 32) and crop.mask.shape == (32, 32)
         expected = torch.where(crop.mask == 255, 0, crop.mask).float() / 255
         torch.testing.assert_close(crop.image[0], expected)
-        seen[tuple(crop.mask[:2].flatten().tolist())] += 1
-    assert len(seen) == 30  # moved, padded, flipped
+        seen[tuple(crop.mask.flatten().tolist())] += 1
+    assert len(seen) > 12  # moved, padded, flipped: there are 54 ways
 
 
 def test_scales_are_drawn_between_their_limits(crops):

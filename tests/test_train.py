@@ -46,9 +46,9 @@ def chosen(world):
 
 @pytest.fixture(scope="module")
 def processes():
-    """Start processes that need not import torch again."""
+    """Start processes that need not import everything again; what optimisers import late is the largest part."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["toy_training", "accelerate"])
+    context.set_forkserver_preload(["toy_training", "accelerate", "torch._dynamo"])
     return context
 
 
@@ -79,7 +79,11 @@ def test_a_training_learns_and_leaves_its_record(chosen, tmp_path):
     assert (found["tune_miou"], found["best_step"]) == (pytest.approx(best["tune_miou"], abs=0.006), best["step"])
     assert 0 < found["val_interval"][0] <= found["val_miou"] <= found["val_interval"][1] <= 100
     assert found["full_supervision_miou"] == found["val_miou"] and found["pseudo_miou"] is None
-    assert found["seconds"] > 0 and found["peak_mb"] > 0 and load_settings(**found["settings"]) == settings
+    assert (
+        found["images_per_second"] > 30 * 4 / found["seconds"] > 0
+        and found["peak_mb"] > 0
+        and load_settings(**found["settings"]) == settings
+    )
     assert json.loads((tmp_path / "run/metrics.json").read_text()) == found
     assert {"settings.json", "environment.json", "finished.json", "val.json", "val.npz"} <= {
         path.name for path in (tmp_path / "run").iterdir()
@@ -123,7 +127,13 @@ def test_folders_are_never_overwritten(chosen, tmp_path):
 
 
 def test_time_runs_out_and_goes_on(chosen, tmp_path):
-    whole = train(load_settings(**chosen(tmp_path / "whole")), build=Toy)
+    seen = []
+
+    def watch(record, system):
+        seen.append((record["step"], system.training, system.segment(torch.rand(1, 3, 64, 64)).shape))
+
+    whole = train(load_settings(**chosen(tmp_path / "whole")), build=Toy, watch=watch)
+    assert seen == [(step, False, (1, 21, 16, 16)) for step in range(1, 13)]
     short = load_settings(**chosen(tmp_path / "parts", max_minutes=1e-9))
     for step in (1, 2, 3):
         found = train(short, resume=True, build=Toy)
