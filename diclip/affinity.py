@@ -88,12 +88,16 @@ def pair_affinity(
 
 
 def calibration(features: Tensor, *, gain: float = 3.0, mean: Literal["batch", "image"] = "batch") -> Tensor:
-    """Turn a decoder feature (B, E, h, w) into a bias (B, N, N) for `DenseCLIP.encode`, rows of sum 1.
+    """Turn a decoder feature (B, E, h, w) into a bias (B, N, N) for `DenseCLIP.encode`: see `calibrate`."""
+    return calibrate(pair_logits(features, gain=gain, mean=mean))
 
-    It is the softmax of `pair_logits` over the pairs that are not below the mean (ExCEL, CVPR 2025, learnable visual
-    calibration). A place is always paired with itself.
+
+def calibrate(logits: Tensor) -> Tensor:
+    """Turn `pair_logits` (B, N, N) into a bias for `DenseCLIP.encode` and `DenseCLIP.biased`, rows of sum 1.
+
+    It is their softmax over the pairs that are not below the mean (ExCEL, CVPR 2025, learnable visual calibration). A
+    place is always paired with itself.
     """
-    logits = pair_logits(features, gain=gain, mean=mean)
     itself = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)  # else a constant map could lose all
     return logits.masked_fill((logits < 0) & ~itself, -torch.inf).softmax(-1)
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diclip.affinity import calibration
+from diclip.affinity import calibrate
 from diclip.cam import Maps, pack
 from diclip.clip import IMAGENET_MEAN, IMAGENET_STD, DenseCLIP, Encoded
 from diclip.data import Batch
@@ -35,9 +35,9 @@ class View:
 class Learned:
     """Hold what the trained parts say of a batch, detached; None is not to be used (yet)."""
 
-    features: Tensor | None  # (B, dim, h, w), the decoder's
-    adapted: Tensor | None  # (B, 1 + C, h, w), the adapter's logits
-    affinity: Tensor | None  # (B, N, N) in [0, 1], which patches belong together
+    pairs: Tensor | None  # (B, N, N), `pair_logits` of the decoder's features, for maps
+    adapted: Tensor | None  # (B, 1 + C, h, w), the adapter's logits, for maps
+    affinity: Tensor | None  # (B, N, N) in [0, 1], their `pair_affinity`, for CAA
 
 
 class Teacher(Protocol):
@@ -75,11 +75,10 @@ class ExCELTeacher:
         return View(self.method.encode(batch, tokens=self.settings.decoder_tokens, need_pull=True))
 
     def rungs(self, batch: Batch, view: View, learned: Learned) -> Iterator[tuple[str, Maps]]:
-        """Yield `dynamic`, which without learned features is the static map, and `caa`."""
+        """Yield `dynamic`, which without learned pairs is the static map, and `caa`."""
         encoded, patches = view.encoded, view.encoded.patches
-        if learned.features is not None:
-            bias = calibration(learned.features, mean=self.settings.pair_mean)
-            patches = self.method.clip.biased(encoded, bias)
+        if learned.pairs is not None:
+            patches = self.method.clip.biased(encoded, calibrate(learned.pairs))
         cam = self.method.cam(patches, encoded.pooled, encoded.grid, texts=self.method.enriched)
         maps = pack(cam, batch.tags)
         yield "dynamic", maps
@@ -179,11 +178,11 @@ def tokens_of(settings: Settings, clip: DenseCLIP, images: Tensor) -> Encoded:
 def truncated(images: Tensor) -> Tensor:
     """Return images (B, 3, H, W) in [0, 1] as the released code shows them to PAR.
 
-    Pixels are normalised, restored in float32 and cut, not rounded, to bytes: a few in a hundred are one darker.
+    Bytes are normalised, restored in float32 and cut, not rounded, to bytes: a few in a hundred are one darker.
     """
-    mean, std = (images.new_tensor(x).double().view(3, 1, 1) * 255 for x in (IMAGENET_MEAN, IMAGENET_STD))
-    normalised = ((images.double() * 255 - mean) / std).float()
-    return (normalised * std.float() + mean.float()).clamp(0, 255).floor() / 255
+    mean, std = (255 * torch.tensor(x, dtype=torch.float64).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
+    normalised = (((images.cpu().double() * 255).round() - mean) / std).float()
+    return ((normalised * std.float() + mean.float()).trunc() / 255).to(images.device)
 
 
 def _stack(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diclip.adapter import KVAdapter
-from diclip.affinity import pair_affinity
+from diclip.affinity import pair_logits
 from diclip.cam import Maps, normalise
 from diclip.clip import DenseCLIP
 from diclip.data import Batch
@@ -28,9 +28,9 @@ from diclip.settings import Settings
 class Decoded:
     """Hold what the trained parts say of a batch, with gradients."""
 
-    features: Tensor  # (B, dim, h, w)
     logits: Tensor  # (B, 1 + C, h, w), background first
-    affinity: Tensor  # (B, N, N)
+    pairs: Tensor  # (B, N, N), `pair_logits` of the features
+    affinity: Tensor  # (B, N, N), their sigmoid
     adapted: Tensor | None  # (B, 1 + C, h, w)
 
 
@@ -152,22 +152,22 @@ class System(nn.Module):
         features, logits = self.segmenter(encoded.tokens, encoded.grid, generator=generator)
         total = {"total": over_processes} if together else {}
         with self._exact():
-            affinity = pair_affinity(features.float(), mean=settings.pair_mean, **total)
+            pairs = pair_logits(features.float(), mean=settings.pair_mean, **total)
         adapted = None
         if self.segmenter.adapter is not None:
             how = {"pooled_is_token": self.clip.pooled_is_token, "norm_dim": settings.norm_dim}
             patches, _ = normalise(encoded.patches, encoded.pooled, **how)
             adapted = self.segmenter.adapter(patches, generator=generator).unflatten(-1, encoded.grid)
-        return Decoded(features, logits, affinity, adapted)
+        return Decoded(logits, pairs, pairs.sigmoid(), adapted)
 
     def _learned(self, decoded: Decoded, step: int | None) -> Learned:
         """Return what the teacher may use at a step."""
         dynamic = self._reached(self.settings.dynamic_from, step)
         affinity = decoded.affinity.detach() if self._reached(self.settings.affinity_from, step) else None
-        features, adapted = (
-            x.detach().float() if dynamic and x is not None else None for x in (decoded.features, decoded.adapted)
+        pairs, adapted = (
+            x.detach().float() if dynamic and x is not None else None for x in (decoded.pairs, decoded.adapted)
         )
-        return Learned(features, adapted, affinity)
+        return Learned(pairs, adapted, affinity)
 
     def _reached(self, share: float, step: int | None) -> bool:
         """Tell whether a step lies in what follows a share of the training, which after the whole is nothing."""
