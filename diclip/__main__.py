@@ -79,6 +79,25 @@ def pretrain(args: argparse.Namespace) -> Result:
     return pretrain(args.model, _settings(args), progress)
 
 
+def train(args: argparse.Namespace) -> Result:
+    from diclip.runs import fresh_folder, progress
+    from diclip.train import train
+
+    named = {"method": args.method, "run_dir": args.run_dir and str(args.run_dir.absolute())}
+    chosen = {**_yaml(args.params), **_preset(args), **{name: x for name, x in named.items() if x}, **_overrides(args)}
+    if "run_dir" not in chosen and args.resume == "auto":
+        raise ValueError("found --resume auto without a run to resume: name it by --run-dir")
+    settings = load_settings(**{"run_dir": str(fresh_folder("train")), **chosen})
+    return train(settings, progress, resume=args.resume == "auto")
+
+
+def sweep(args: argparse.Namespace) -> Result:
+    from diclip.runs import progress
+    from diclip.sweep import run_sweep
+
+    return run_sweep(args.file, progress)
+
+
 def memory(args: argparse.Namespace) -> Result:
     from diclip.remember import write_memory
     from diclip.runs import progress
@@ -190,6 +209,14 @@ def parser() -> argparse.ArgumentParser:
     timed.add_argument("--random-weights", action="store_true", help="as --set random_weights=true")
     model = command("pretrain", pretrain, "train one of the two embedded models")
     model.add_argument("model", choices=("clip", "diffusion"))
+    trained = command("train", train, "train a network from tags, resumable")
+    trained.add_argument("--method", help="the system, as --set method=…")
+    trained.add_argument("--params", type=Path, metavar="FILE", help="YAML file of settings")
+    trained.add_argument("--run-dir", type=Path, metavar="FOLDER", help="the run's folder, as --set run_dir=…")
+    how = "auto: go on with what is in the folder; never: refuse it (default)"
+    trained.add_argument("--resume", choices=("auto", "never"), default="never", help=how)
+    swept = command("sweep", sweep, "run many trainings or notebooks: finished ones are skipped, failed ones listed")
+    swept.add_argument("file", help="YAML file, here or in notebooks/")
     command("memory", memory, "generate pictures of every class and build DiCLIP's memory from them")
     command("judge", judge, "tell how many generated pictures a classifier of its own recognises")
     command("effects", effects, "measure each idea of DiCLIP against the simplest thing that could explain it")
@@ -281,6 +308,9 @@ def brief(result: Result) -> Result:
             rows.append({"idea": idea, **{name: effect[name] for name in columns}, "low": low, "high": high})
         title = "with minus null (without one: minus without), 95 % bootstrap over images"
         return {"protocol": effect["protocol"], title: rows}
+    if "val_miou" in result:
+        spans = {k: "–".join(map(_cell, v)) for k, v in result.items() if k.endswith("interval") and v}
+        return {name: value for name, value in {**result, **spans}.items() if name != "settings"}
     if "recognised" in result:
         own = result["judge"]
         real = {"value": own["accuracy"], "low": own["low"], "high": own["high"]}
@@ -328,6 +358,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     try:
         result = args.call(args)
+        if not result:  # one of several processes, and not the first
+            return 0
         if args.json not in (None, "-"):
             write_json(args.json, result)
     except (ValueError, OSError) as error:  # OSError: files that are missing, a disk that is full

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 from typing import Literal
 
@@ -53,32 +54,51 @@ def transition(
     return balanced @ balanced if squared else balanced
 
 
-def pair_logits(features: Tensor, *, gain: float = 3.0, mean: Literal["batch", "image"] = "batch") -> Tensor:
+def pair_logits(
+    features: Tensor,
+    *,
+    gain: float = 3.0,
+    mean: Literal["batch", "image"] = "batch",
+    total: Callable[[Tensor], Tensor] = lambda sums: sums,
+) -> Tensor:
     """Return how much likelier than the average pair two places of a map (B, E, h, w) are one thing: (B, N, N).
 
     It is gain · (cosine - mean cosine). "batch" is what ExCEL and DiCLIP compute: one mean for the batch, so
-    that images (and an image and its mirror image) depend on one another; "image" takes each image's own. Raises
-    ValueError for another mean.
+    that images (and an image and its mirror image) depend on one another; "image" takes each image's own. `total` adds
+    the batch's sum of cosines and number of pairs (2,) up over processes. Raises ValueError for another mean.
     """
     if mean not in ("batch", "image"):
         raise ValueError(f"mean is {mean!r}, expected batch or image")
     unit = F.normalize(features.flatten(2), dim=1)  # (B, E, N)
     cosine = unit.transpose(1, 2) @ unit
-    return gain * (cosine - (cosine.mean() if mean == "batch" else cosine.mean((1, 2), keepdim=True)))
+    if mean == "image":
+        return gain * (cosine - cosine.mean((1, 2), keepdim=True))
+    amount, pairs = total(torch.stack([cosine.sum(), cosine.new_tensor(float(cosine.numel()))]))
+    return gain * (cosine - amount / pairs)
 
 
-def pair_affinity(features: Tensor, *, gain: float = 3.0, mean: Literal["batch", "image"] = "batch") -> Tensor:
+def pair_affinity(
+    features: Tensor,
+    *,
+    gain: float = 3.0,
+    mean: Literal["batch", "image"] = "batch",
+    total: Callable[[Tensor], Tensor] = lambda sums: sums,
+) -> Tensor:
     """Return a decoder feature's (B, E, h, w) pair affinity (B, N, N) in [0, 1], for `transition` (ExCEL, DiCLIP)."""
-    return pair_logits(features, gain=gain, mean=mean).sigmoid()
+    return pair_logits(features, gain=gain, mean=mean, total=total).sigmoid()
 
 
 def calibration(features: Tensor, *, gain: float = 3.0, mean: Literal["batch", "image"] = "batch") -> Tensor:
-    """Turn a decoder feature (B, E, h, w) into a bias (B, N, N) for `DenseCLIP.encode`, rows of sum 1.
+    """Turn a decoder feature (B, E, h, w) into a bias (B, N, N) for `DenseCLIP.encode`: see `calibrate`."""
+    return calibrate(pair_logits(features, gain=gain, mean=mean))
 
-    It is the softmax of `pair_logits` over the pairs that are not below the mean (ExCEL, CVPR 2025, learnable visual
-    calibration). A place is always paired with itself.
+
+def calibrate(logits: Tensor) -> Tensor:
+    """Turn `pair_logits` (B, N, N) into a bias for `DenseCLIP.encode` and `DenseCLIP.biased`, rows of sum 1.
+
+    It is their softmax over the pairs that are not below the mean (ExCEL, CVPR 2025, learnable visual calibration). A
+    place is always paired with itself.
     """
-    logits = pair_logits(features, gain=gain, mean=mean)
     itself = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)  # else a constant map could lose all
     return logits.masked_fill((logits < 0) & ~itself, -torch.inf).softmax(-1)
 

@@ -28,6 +28,8 @@ class Encoded:
     grid: tuple[int, int]  # (h, w); patches go row by row
     tokens: Tensor | None  # (L, B, 1 + N, D), class token first
     attention: Tensor | None  # (L, B, 1 + N, 1 + N), CLIP's own path
+    surgery: Tensor | None = None  # (B, 1 + N, D), where the surgery path ends
+    pull: Tensor | None = None  # (B, N, D), what a bias adds to it, patch by patch: see `DenseCLIP.biased`
 
 
 class DenseCLIP:
@@ -70,6 +72,7 @@ class DenseCLIP:
         bias: Tensor | None = None,
         tokens: Literal["clean", "aliased"] | None = "clean",
         need_attention: bool = True,
+        need_pull: bool = False,
     ) -> Encoded:
         """Encode images (B, 3, H, W), float in [0, 1], H and W multiples of the patch size.
 
@@ -77,12 +80,12 @@ class DenseCLIP:
         `attention` (a key of ATTENTIONS) plus `bias` (B, N, N), without MLP (CLIP Surgery; ExCEL: 5 blocks,
         "qkv"; DiCLIP: 3, "qq+2kk"). CLIP's own path does not see it. Attention maps are the mean over heads
         in plain blocks, the sum in surgery blocks. `tokens` keeps the blocks' outputs, or what `alias_tokens`
-        makes of them, or nothing. Raises ValueError for arguments that do not fit.
+        makes of them, or nothing; `need_pull` what `biased` needs. Raises ValueError for arguments that do not fit.
         """
         self._check(images, attention, surgery_blocks, bias, tokens)
         x, grid = self._embed(images)
         bias = None if bias is None else bias.to(x)
-        surgery, outputs, middles, maps = x, [], [], []
+        surgery, outputs, middles, maps, pull = x, [], [], [], torch.zeros_like(x[:, 1:])
         for index, block in enumerate(self.blocks):
             surgical = index >= len(self.blocks) - surgery_blocks
             q, k, v = project(block, block.ln_1(x))
@@ -91,8 +94,10 @@ class DenseCLIP:
             middle = x + block.ls_1(block.attn.out_proj(merge(mixed)))
             x = middle + block.ls_2(block.mlp(block.ln_2(middle)))
             if surgical:
-                shared = head_sum(q, k, v, attention=attention, bias=bias)
-                surgery = surgery + block.ls_1(block.attn.out_proj(shared @ merge(v)))
+                shared, values = head_sum(q, k, v, attention=attention, bias=bias), merge(v)
+                surgery = surgery + block.ls_1(block.attn.out_proj(shared @ values))
+                if need_pull:
+                    pull = pull + q.shape[1] * block.ls_1(F.linear(values[:, 1:], block.attn.out_proj.weight))
             else:
                 surgery = x
             if weights is not None:
@@ -105,7 +110,22 @@ class DenseCLIP:
             outputs = alias_tokens(outputs, middles, surgery, surgery_blocks)
         (patches, _), (plain_patches, pooled) = self.head(surgery), self.head(x)
         kept = (torch.stack(stored) if stored else None for stored in (outputs, maps))
-        return Encoded(patches, plain_patches, pooled, grid, *kept)
+        ends = (surgery, pull) if need_pull else (None, None)
+        return Encoded(patches, plain_patches, pooled, grid, *kept, *ends)
+
+    @torch.no_grad()
+    def biased(self, encoded: Encoded, bias: Tensor) -> Tensor:
+        """Return the patches (B, N, E) that `encode` would give with a bias (B, N, N), or with one more.
+
+        Queries, keys and values come from CLIP's own path, which sees no bias, so the surgery path is linear in it:
+        one product instead of another pass. Raises ValueError without `need_pull` and for shapes that do not fit.
+        """
+        if encoded.surgery is None or encoded.pull is None:
+            raise ValueError("nothing to bias was kept: encode with need_pull=True")
+        n = encoded.pull.shape[1]
+        if bias.shape != (len(encoded.pull), n, n):
+            raise ValueError(f"bias is {tuple(bias.shape)}, expected {(len(encoded.pull), n, n)}: a value a pair")
+        return self.head(encoded.surgery + F.pad(bias.to(encoded.pull) @ encoded.pull, (0, 0, 1, 0)))[0]
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str], *, batch_size: int = 256) -> Tensor:

@@ -12,9 +12,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from unittest.mock import patch
@@ -121,20 +122,37 @@ def environment() -> dict[str, Any]:
     }
 
 
+def high_water() -> float | None:
+    """Return the largest memory so far in MB; none where the system does not tell (Windows).
+
+    Linux hands getrusage's maximum down to a process from the one that starts it, so it is not asked there.
+    """
+    status = Path("/proc/self/status")  # Linux
+    if status.is_file():
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e6
+    if not find_spec("resource"):
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
 @contextmanager
-def create_run(path: str | Path, settings: Settings) -> Iterator[Path]:
+def create_run(path: str | Path, settings: Settings, *, free: Collection[str] = ()) -> Iterator[Path]:
     """Hold a run's folder: locked against other processes, with settings.json and environment.json.
 
     A run that was killed is resumed by creating it again with the same settings; finished.json is written
-    last, and a finished run is never overwritten. Raises ValueError if the folder is in use, finished, or
-    another's.
+    last, and a finished run is never overwritten. Settings that are `free` may differ. Raises ValueError if the
+    folder is in use, finished, or another's.
     """
     path, record = Path(path), settings.model_dump(mode="json")
     path.mkdir(parents=True, exist_ok=True)
     if not (path / "settings.json").exists() and any(entry.name[0] != "." for entry in path.iterdir()):
         raise ValueError(f"{shown(path)} holds files that are no run's: choose another run_dir")
     with locked(path):
-        _refuse_another(path, record)
+        if is_finished(path, settings, free=free):
+            raise ValueError(f"{shown(path)} holds a finished run and is never overwritten: choose another run_dir")
         write_json(path / "settings.json", record)
         write_json(path / "environment.json", environment())
         started = time.monotonic()
@@ -152,15 +170,22 @@ def locked(path: Path) -> AbstractContextManager[Any]:
         raise ValueError(f"{shown(path)} is in use: wait, or choose another run_dir") from None
 
 
-def _refuse_another(path: Path, record: dict[str, Any]) -> None:
-    if (path / "finished.json").exists():
-        raise ValueError(f"{shown(path)} holds a finished run and is never overwritten: choose another run_dir")
+def is_finished(path: str | Path, settings: Settings, *, free: Collection[str] = ()) -> bool:
+    """Tell whether a folder holds a run that is finished; raise ValueError for one of settings that are not `free`."""
+    path, record = Path(path), settings.model_dump(mode="json")
     if (path / "settings.json").exists():
         before = json.loads((path / "settings.json").read_text(encoding="utf-8"))
-        changed = [name for name in sorted({*before, *record}) if before.get(name) != record.get(name)]
+        names = sorted({*before, *record} - {*free})
+        changed = [name for name in names if before.get(name) != record.get(name)]
         if changed:
             what = ", ".join(f"{name} was {before.get(name)!r}, now {record.get(name)!r}" for name in changed)
             raise ValueError(f"{shown(path)} holds a run of other settings ({what}): choose another run_dir")
+    return (path / "finished.json").exists()
+
+
+def fresh_folder(name: str) -> Path:
+    """Return a folder for a run that names none: by what it is and the time."""
+    return ROOT / "runs" / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def setup(namespace: dict[str, Any]) -> Settings:
@@ -247,8 +272,7 @@ def run_notebook(notebook: Path, parameters: dict[str, Any], *, echo: bool = Fal
 
     cells = nbformat.read(notebook, as_version=4).cells
     own = [_assigned(cell.source) for cell in cells if "parameters" in cell.metadata.get("tags", [])]
-    fresh = ROOT / "runs" / f"{notebook.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    given = {"run_dir": str(fresh), **parameters}
+    given = {"run_dir": str(fresh_folder(notebook.stem)), **parameters}
     settings = _notebook_settings(own[0] if own else {}, given)
     typed = settings.model_dump(mode="json")
     stream = sys.stderr if echo else None

@@ -48,6 +48,12 @@ def _words(value: Any) -> Any:
     return yaml.safe_load(f"[{value.strip().strip('[]')}]") if isinstance(value, str) else value
 
 
+def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] > pair[1]:
+        raise ValueError(f"setting 'crop_scales' is {pair[0]:g} to {pair[1]:g}, expected the smaller number first")
+    return pair
+
+
 Folder = Annotated[Path, AfterValidator(_absolute), PlainSerializer(shown, when_used="json")]
 Model = Annotated[str, AfterValidator(_model), PlainSerializer(_model_shown, when_used="json")]
 Attention = Literal["qk", "qq", "kk", "vv", "identity", "3identity", "bias", "qkv", "qq+2kk"]
@@ -61,6 +67,14 @@ Stage = Literal["encoder", "cam", "diffusion", "acr", "caa", "rar", "par", "crf"
 Stages = Annotated[tuple[Stage, ...], BeforeValidator(_words)]
 Numbers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_words), Field(min_length=1)]
 Distances = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_words), Field(min_length=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+Interval = Annotated[
+    tuple[Annotated[float, Field(gt=0, le=8)], Annotated[float, Field(gt=0, le=8)]],
+    BeforeValidator(_words),
+    AfterValidator(_ascending),
+]
 
 
 class Settings(BaseModel):
@@ -142,6 +156,30 @@ class Settings(BaseModel):
     background: Background = Field("sweep", description="background score of raw maps; sweep: the best on tune")
     background_score: float = Field(0.5, ge=0, le=1, description="the fixed background score")
 
+    max_iters: int = Field(600, ge=1, description="steps of a training")
+    supervision: Literal["tags", "masks"] = Field("tags", description="what a network learns from; masks: its ceiling")
+    decoder_tokens: Literal["clean", "aliased"] = Field(
+        "clean", description="blocks' outputs, or the release's mixture"
+    )
+    decoder_width: int = Field(64, ge=1, description="channels of the decoder")
+    decoder_heads: int = Field(4, ge=1, description="heads of its attention; they divide the width")
+    decoder_layers: int = Field(3, ge=1, description="its transformer blocks")
+    decoder_dropout: float = Field(0.1, ge=0, lt=1, description="share of its features' channels dropped in training")
+    pair_mean: Literal["image", "batch"] = Field("image", description="whose mean a pair of patches is compared with")
+    pair_radius: int = Field(6, ge=0, description="rows and columns that the pairs of the diversity loss span")
+    pair_weight: float = Field(0.1, ge=0, description="weight of the diversity loss")
+    own_labels_from: Share = Field(1.0, description="share of the steps after which pairs follow the decoder's labels")
+    affinity_from: Share = Field(0.2, description="share of the steps after which its pairs join CAA; 1: never")
+    dynamic_from: Share = Field(0.0, description="share after which the trained maps replace the static ones; 1: never")
+    adapter_slots: int = Field(87, ge=0, description="free slots of the adapter, beside the memory's keys")
+    adapter_spread: float = Field(0.02, ge=0, description="deviation that their weights begin with")
+    adapter_dropout: float = Field(0.1, ge=0, lt=1, description="share of the adapter's values dropped in training")
+    adapter_weight: float = Field(0.1, ge=0, description="weight of the adapter's loss")
+    adapter_strength: float = Field(0.1, ge=0, description="weight of the adapter in the trained maps")
+    train_rar_rounds: int = Field(5, ge=0, description="RAR's steps, for the labels of a training")
+    par_rounds: int = Field(20, ge=0, description="rounds of pixel-adaptive refinement, for ExCEL's labels")
+    par_image: Literal["exact", "truncated"] = Field("exact", description="its pixels; truncated: up to a 255th darker")
+
     scales: Scales = Field((1.0,), description="sizes that maps are averaged over, of image_size")
     flip: bool = Field(False, description="also look at mirror images")
     flip_join: Literal["mean", "max"] = Field("mean", description="what joins a map with its mirror image's")
@@ -156,6 +194,26 @@ class Settings(BaseModel):
     pretrain_pictures: int = Field(60_000, ge=64, description="rendered pictures that a mini model learns from")
     pretrain_steps: int = Field(0, ge=0, description="steps of a mini model's training; 0: its recipe's")
     max_minutes: float = Field(0, ge=0, description="stop a training after that time, to be resumed; 0: never")
+
+    train_split: str = Field("train", pattern=r"^[\w-]+$", description="images that a network is trained on")
+    val_split: str = Field("val", pattern=r"^[\w-]+$", description="images that a trained network is reported on")
+    warmup_iters: int = Field(20, ge=0, description="steps in which the learning rate grows; then it falls to zero")
+    learning_rate: float = Field(2e-3, gt=0, description="the largest learning rate")
+    weight_decay: float = Field(1e-2, ge=0, description="AdamW's weight decay")
+    train_batch: int = Field(4, ge=1, description="crops of a step, of all processes and accumulated parts together")
+    accumulate: int = Field(1, ge=1, description="parts that a step's crops are taken in, for less memory")
+    mixed_precision: Literal["no", "fp16", "bf16"] = Field("no", description="numbers that a network computes in")
+    crop_scales: Interval = Field((0.5, 2.0), description="smallest and largest scale of an image that is cropped")
+    parity_crops_see_masks: bool = Field(
+        False, description="PIXEL SUPERVISION, as the released code has it: choose crops by the true masks"
+    )
+    validate_every: int = Field(100, ge=0, description="steps between validations on tune_split; 0: none")
+    validate_images: int = Field(0, ge=0, description="first images of tune_split that they score; 0: all")
+    save_every: int = Field(50, ge=1, description="steps between checkpoints")
+    log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
+    scored_checkpoint: Literal["last", "best"] = Field("last", description="which is reported; best: on tune_split")
+    score_pseudo_labels: bool = Field(True, description="also score what a network learned from, on val_split")
+    reference_run: Folder | None = Field(None, description="run of supervision masks, to report beside this one")
 
     bench_stages: Stages = Field((), description="what is timed, in that order; none named: all that runs here")
     bench_images: int = Field(4, ge=1, description="images at a time, in the benchmark")
@@ -211,6 +269,30 @@ _STABLE_DIFFUSION: dict[str, Any] = {
 # is as good or better (40 images of `tune`, raw maps of plain CLIP: +5.2 points by 1 to 8, +4.4 by 1 to 24).
 _PAR: dict[str, Any] = {"par_dilations": (1, 2, 4, 8, 12, 24)}
 
+# DiCLIP's published schedules, which ExCEL changes below.
+_TRAINING: dict[str, Any] = {
+    "max_iters": 20_000,
+    "warmup_iters": 50,
+    "validate_every": 2000,
+    "validate_images": 500,
+    "save_every": 500,
+    "log_every": 50,
+}
+
+# The decoder and the adapter of ExCEL and DiCLIP.
+_PUBLISHED_DECODER: dict[str, Any] = {
+    "decoder_width": 256,
+    "decoder_heads": 8,
+    "pair_radius": 8,
+    "adapter_spread": 1.0,
+}
+
+# What the released code of ExCEL and DiCLIP does beside what it is meant to do: decoders read features that were
+# overwritten in place, pairs of an image depend on the other images of its batch, and PAR sees rounded-down pixels.
+# `norm_dim` is theirs by default. Not needed but to reproduce released weights and numbers:
+# load_settings("voc", method="excel", **QUIRKS).
+QUIRKS: dict[str, Any] = {"decoder_tokens": "aliased", "pair_mean": "batch", "par_image": "truncated"}
+
 # What a preset changes of the defaults.
 PRESETS: dict[str, dict[str, Any]] = {
     "mini": {},
@@ -229,6 +311,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         **_STABLE_DIFFUSION,
         **_PAR,
         "memory": "data/voc/memory.safetensors",
+        **_PUBLISHED_DECODER,
+        **_TRAINING,
+        "train_split": "train_aug",
         "workers": 4,
     },
     "coco": {
@@ -247,25 +332,45 @@ PRESETS: dict[str, dict[str, Any]] = {
         **_STABLE_DIFFUSION,
         **_PAR,
         "memory": "data/coco/memory.safetensors",
+        **_PUBLISHED_DECODER,
+        "train_rar_rounds": 10,
         "memory_pictures": 50,
         "memory_per_class": 5,
+        **_TRAINING,
+        "max_iters": 100_000,
+        "warmup_iters": 200,
+        "learning_rate": 1e-3,
+        "validate_every": 10_000,
         "workers": 4,
     },
 }
 
+# Steps 14,000 and 24,000 of 30,000.
+_SWITCH_EXCEL_VOC: dict[str, Any] = {"affinity_from": 14 / 30, "dynamic_from": 14 / 30, "own_labels_from": 0.8}
+
 # What a system's paper chooses otherwise than the preset. mini takes VOC's, but for DiCLIP's and ExCEL's, chosen
 # on MiniVOC's `tune` (blocks 1 to 7). A mini CLIP has fewer blocks than CAA's 8: all are taken.
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
-    "diclip": {"mini": {"caa_layers": 2, "rar_rounds": 3}},
     "clip-es": {
         "mini": {"tau_box": 0.4, "caa_layers": 8},
         "voc": {"pixel_norm": "clip", "tau_box": 0.4, "caa_layers": 8},
         "coco": {"pixel_norm": "clip", "tau_box": 0.7, "caa_layers": 8},
     },
     "excel": {
-        "mini": {"attention": "qkv", "surgery_blocks": 3},
-        "voc": {"attention": "qkv", "surgery_blocks": 5},
-        "coco": {"attention": "qkv", "surgery_blocks": 5},
+        "mini": {"attention": "qkv", "surgery_blocks": 3, **_SWITCH_EXCEL_VOC},
+        "voc": {
+            "attention": "qkv",
+            "surgery_blocks": 5,
+            "max_iters": 30_000,
+            "learning_rate": 1e-3,
+            **_SWITCH_EXCEL_VOC,
+        },
+        "coco": {"attention": "qkv", "surgery_blocks": 5, "affinity_from": 0.3, "dynamic_from": 0.3},
+    },
+    # On VOC the defaults: the decoder's pairs from step 4,000 of 20,000, the adapter from the first.
+    "diclip": {
+        "mini": {"caa_layers": 2, "rar_rounds": 3},
+        "coco": {"affinity_from": 0.4, "dynamic_from": 0.6, "own_labels_from": 0.8},
     },
 }
 

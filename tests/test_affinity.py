@@ -162,6 +162,17 @@ def test_a_constant_map_calibrates_without_nan(value):
     torch.testing.assert_close(bias.sum(-1), torch.ones(1, 9))
 
 
+def test_pair_affinity_of_a_batch_in_parts():
+    """What adds up the parts' cosines and pairs makes them one batch; an image's own mean needs no other part."""
+    features = torch.randn(3, 4, 2, 3, generator=torch.Generator().manual_seed(0))
+    whole, sums = pair_affinity(features, mean="batch"), []
+    for part in (features[:1], features[1:]):
+        pair_affinity(part, mean="batch", total=lambda own: sums.append(own) or own)
+    assert [pairs.item() for _, pairs in sums] == [36, 72]
+    last = pair_affinity(features[1:], mean="batch", total=lambda own: own + sums[0])
+    torch.testing.assert_close(last, whole[1:])
+
+
 def test_pair_affinity_of_an_unknown_mean():
     with pytest.raises(ValueError, match="mean is 'pixel', expected batch or image"):
         pair_affinity(torch.ones(1, 2, 3, 3), mean="pixel")

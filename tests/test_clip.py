@@ -112,6 +112,27 @@ def test_surgery_leaves_own_path_alone(clip):
     assert not torch.allclose(other.patches, plain.patches, atol=1e-2)
 
 
+@pytest.mark.parametrize("pool", POOLS, ids=lambda pool: "-".join(map(str, pool.values())))
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_a_bias_is_one_product(pool, blocks):
+    """A bias put in afterwards is one that was there from the start, and another adds to it."""
+    clip, x = tiny(**pool), images()
+    first, second = torch.rand(2, 2, 16, 16, generator=torch.Generator().manual_seed(2)).softmax(-1)
+    how = {"attention": "qkv", "surgery_blocks": blocks}
+    encoded = clip.encode(x, need_pull=True, **how)
+    torch.testing.assert_close(clip.biased(encoded, first), clip.encode(x, bias=first, **how).patches)
+    once = clip.encode(x, bias=first, need_pull=True, **how)
+    both = clip.encode(x, bias=first + second, **how).patches
+    torch.testing.assert_close(clip.biased(once, second), both, atol=1e-4, rtol=1e-4)
+    assert (clip.biased(encoded, first) - encoded.patches).abs().max() > 1e-2
+    for bad, message in (
+        (clip.encode(x, **how), "need_pull=True"),
+        (encoded, r"\(2, 16, 15\), expected \(2, 16, 16\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            clip.biased(bad, first[..., :15])
+
+
 def test_attention_mean_then_sum(clip):
     encoded = clip.encode(images(), surgery_blocks=3)
     assert encoded.attention.shape == (LAYERS, 2, 17, 17)

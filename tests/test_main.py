@@ -289,3 +289,37 @@ def test_a_demo_that_fails_leaves_the_last_one(demo, tmp_path):
     assert json.loads((tmp_path / "runs/demo/ladder.json").read_text()) == {"try": 1}
     demo(lambda settings, progress: {"try": 2})
     assert json.loads((tmp_path / "runs/demo/ladder.json").read_text()) == {"try": 2}
+
+
+def test_train_merges_file_flags_and_settings(fake, tmp_path, capsys):
+    seen = []
+
+    def train(settings, progress, resume):
+        seen.append((settings, resume))
+        return {"val_miou": 41.0, "val_interval": [40.0, 42.0], "settings": {}}
+
+    fake("diclip.train", train=train)
+    (tmp_path / "run.yaml").write_text("preset: voc\nmethod: excel\nseed: 1\n")
+    arguments = ["train", "--params", str(tmp_path / "run.yaml"), "--run-dir", str(tmp_path / "x"), "--resume", "auto"]
+    assert main([*arguments, "--method", "diclip", "--set", "max_iters=30"]) == 0
+    expected = {"method": "diclip", "seed": 1, "max_iters": 30, "run_dir": str(tmp_path / "x")}
+    assert seen == [(load_settings("voc", **expected), True)]
+    assert capsys.readouterr().out == "val_miou: 41.00\nval_interval: 40.00–42.00\n"
+    assert main(["train", "--preset", "mini"]) == 0
+    assert seen[1][0].run_dir.parent == ROOT / "runs" and seen[1][1] is False
+    assert main(["train", "--resume", "auto"]) == 2
+    assert "found --resume auto without a run to resume: name it by --run-dir" in capsys.readouterr().err
+
+
+def test_processes_beside_the_first_say_nothing(fake, tmp_path, capsys):
+    fake("diclip.train", train=lambda settings, progress, resume: {})
+    assert main(["train", "--json", str(tmp_path / "found.json")]) == 0
+    assert capsys.readouterr().out == "" and not (tmp_path / "found.json").exists()
+
+
+def test_a_sweep_with_failed_runs_says_so(fake, capsys):
+    row = {"variant": "whole", "run": "seed=1", "state": "failed", "val_miou": None}
+    failed = {"runs": [row], "means": [{"variant": "whole", "runs": 0}], "problems": ["whole/seed=1: it said 'no'"]}
+    fake("diclip.sweep", run_sweep=lambda path, progress: failed)
+    assert main(["sweep", "params/sweep_seeds.yaml"]) == 1
+    assert "whole    seed=1  failed  –" in capsys.readouterr().out

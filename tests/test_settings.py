@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diclip.settings import PRESETS, ROOT, Attention, Settings, load_settings
+from diclip.settings import PRESETS, QUIRKS, ROOT, Attention, Settings, load_settings
 from diclip.vocabulary import BACKGROUND_WORDS
 
 
@@ -150,6 +150,12 @@ def test_layers_are_those_of_the_mini_model():
     assert max(settings.fine_heads) < layers[settings.fine_layer].heads
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_quirks_are_no_default(preset):
+    clean, parity = load_settings(preset).model_dump(), load_settings(preset, **QUIRKS).model_dump()
+    assert {name for name in clean if clean[name] != parity[name]} == set(QUIRKS)
+
+
 def test_every_setting_is_described():
     assert all(field.description for field in Settings.model_fields.values())
 
@@ -157,3 +163,9 @@ def test_every_setting_is_described():
 def test_attentions_are_those_of_the_surgery_path():
     surgery = pytest.importorskip("diclip.surgery")
     assert set(get_args(Attention)) == set(surgery.ATTENTIONS)
+
+
+def test_scales_of_crops_are_in_order():
+    assert load_settings(crop_scales="0.5, 2").crop_scales == (0.5, 2)
+    with pytest.raises(ValueError, match="setting 'crop_scales' is 2 to 0.5, expected the smaller number first"):
+        load_settings(crop_scales="2, 0.5")

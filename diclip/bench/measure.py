@@ -8,7 +8,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,10 +15,10 @@ from typing import Any
 import torch
 
 from diclip.bench.stages import Results, Stage, build
-from diclip.runs import pick_device
+from diclip.runs import high_water, pick_device
 from diclip.settings import Settings
 
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # Linux
+_CLEAR = Path("/proc/self/clear_refs")  # Linux
 
 
 class Unequal(ValueError):
@@ -117,28 +116,13 @@ def _once(call: Callable[[], Any], device: torch.device) -> tuple[float, float |
     else:
         if os.access(_CLEAR, os.W_OK):
             _CLEAR.write_text("5")  # what making the inputs took is no longer the peak
-        held = _high_water()
+        held = high_water()
     start = time.perf_counter()
     result = call()
     _wait(device)
     seconds = time.perf_counter() - start
-    top = torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else _high_water()
+    top = torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else high_water()
     return seconds, None if top is None or held is None else max(top - held, 0.0), result
-
-
-def _high_water() -> float | None:
-    """Return the largest memory so far in MB; none where the system does not tell (Windows).
-
-    Linux hands getrusage's maximum down to a process from the one that starts it, so it is not asked there.
-    """
-    if _STATUS.is_file():
-        return int(_STATUS.read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e6
-    if not find_spec("resource"):
-        return None
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def _compare(name: str, stage: Stage, ours: Results, plain: Results) -> None:

@@ -34,12 +34,21 @@ class Method(Rungs, Protocol):
     ablations: tuple[str, ...]
 
 
+def build_clip(settings: Settings) -> DenseCLIP:
+    """Load the CLIP that the settings name, to their device; raises ValueError as `build_method` does."""
+    return load_clip(
+        settings.clip_model,
+        pretrained=settings.clip_pretrained,
+        device=pick_device(settings.device),
+        pixel_norm=settings.pixel_norm,
+    )
+
+
 def build_method(settings: Settings, clip: DenseCLIP | None = None) -> Method:
     """Build the system that the settings name, on the CLIP that they name unless one is given.
 
     Raises ValueError, in one line, for weights that are absent or damaged and for a device that is not there.
     """
-    device = pick_device(settings.device)
     # Small files come first: a typo in a name must not cost the time that models take to load.
     if settings.method == "excel":
         from diclip.attributes import read_attributes
@@ -49,12 +58,7 @@ def build_method(settings: Settings, clip: DenseCLIP | None = None) -> Method:
         from diclip.memory import Memory
 
         memory = Memory.load(settings.memory)
-    clip = clip or load_clip(
-        settings.clip_model,
-        pretrained=settings.clip_pretrained,
-        device=device,
-        pixel_norm=settings.pixel_norm,
-    )
+    clip = clip or build_clip(settings)
     if settings.method == "clip":
         from diclip.methods.clip import PlainCLIP
 
@@ -70,4 +74,5 @@ def build_method(settings: Settings, clip: DenseCLIP | None = None) -> Method:
     from diclip.diffusion import load_diffusion
     from diclip.methods.diclip import DiCLIP
 
-    return DiCLIP(settings, clip, load_diffusion(settings.diffusion_model, device=device), memory)
+    diffusion = load_diffusion(settings.diffusion_model, device=pick_device(settings.device))
+    return DiCLIP(settings, clip, diffusion, memory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 from torch import Tensor
 
@@ -58,6 +59,8 @@ class PlainCLIP:
         attention: Attention | None = None,
         bias: Tensor | None = None,
         need_attention: bool = True,
+        tokens: Literal["clean", "aliased"] | None = None,
+        need_pull: bool = False,
     ) -> Encoded:
         """Run CLIP with its surgery path, the settings' or another `attention`, and a correlation (B, N, N) in it."""
         return self.clip.encode(
@@ -65,11 +68,15 @@ class PlainCLIP:
             attention=attention or self.settings.attention,
             surgery_blocks=self.settings.surgery_blocks,
             bias=bias,
-            tokens=None,
+            tokens=tokens,
             need_attention=need_attention,
+            need_pull=need_pull,
         )
 
-    def spread(self, maps: Maps, encoded: Encoded) -> Maps:
-        """Spread maps by class-aware affinity along CLIP's attention, of as many blocks as it has."""
+    def spread(self, maps: Maps, encoded: Encoded, *, affinity: Tensor | None = None) -> Maps:
+        """Spread maps by class-aware affinity along CLIP's attention, of as many blocks as it has.
+
+        `affinity` (B, N, N) is a decoder's, which chooses among the blocks and weighs their pairs.
+        """
         layers = min(self.settings.caa_layers, len(encoded.attention))
-        return caa(maps, encoded.attention, threshold=self.settings.tau_box, layers=layers)
+        return caa(maps, encoded.attention, threshold=self.settings.tau_box, layers=layers, affinity=affinity)

@@ -20,6 +20,7 @@ from diclip.memory import Memory, fuse, retrieve
 from diclip.methods.clip import PlainCLIP
 from diclip.refine import rar
 from diclip.settings import Settings
+from diclip.vocabulary import Vocabulary
 
 PARTS = ("vce", "tsa", "caa", "rar")
 
@@ -49,8 +50,16 @@ class DiCLIP(PlainCLIP):
     ablations = tuple(f"without_{part}" for part in PARTS)
     restretch = True
 
-    def __init__(self, settings: Settings, clip: DenseCLIP, diffusion: Diffusion, memory: Memory | None) -> None:
-        super().__init__(settings, clip)
+    def __init__(
+        self,
+        settings: Settings,
+        clip: DenseCLIP,
+        diffusion: Diffusion,
+        memory: Memory | None,
+        *,
+        vocabulary: Vocabulary | None = None,
+    ) -> None:
+        super().__init__(settings, clip, vocabulary=vocabulary)
         if memory is not None and memory.classes != self.vocabulary.classes:
             odd = sorted(set(memory.classes) ^ set(self.vocabulary.classes))[:3]
             found = f"other classes ({', '.join(odd)} …)" if odd else "the classes in another order"

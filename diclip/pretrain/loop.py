@@ -13,6 +13,7 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor, nn
 
+from diclip.checkpoints import forget
 from diclip.pretrain.muon import MuonAdamW
 from diclip.runs import replacing
 from diclip.settings import shown
@@ -58,7 +59,7 @@ def train(
     checkpoint, done = folder / "checkpoint.pt", 0
     if checkpoint.exists():
         done = _resume(checkpoint, model, optimizer)
-        _forget(folder / "metrics.jsonl", after=done)
+        forget(folder / "metrics.jsonl", after=done)
     start = time.monotonic()
     with open(folder / "metrics.jsonl", "a") as log:
         for step in progress(range(done, schedule.steps)):
@@ -98,11 +99,3 @@ def _resume(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> int:
     except (RuntimeError, EOFError, KeyError, ValueError, UnpicklingError) as error:
         place = shown(checkpoint)
         raise ValueError(f"{place} is damaged or of another model: remove it or choose another run_dir") from error
-
-
-def _forget(metrics: Path, *, after: int) -> None:
-    """Drop what a killed run had logged beyond its last checkpoint: those steps are done again."""
-    if metrics.exists():
-        kept = [line for line in metrics.read_text().splitlines(True) if json.loads(line)["step"] <= after]
-        with replacing(metrics) as scratch:
-            scratch.write_text("".join(kept))

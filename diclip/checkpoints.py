@@ -1,0 +1,86 @@
+"""Keep what a training has become: weights as equal files if they are equal, and the state beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diclip.runs import replacing
+from diclip.settings import shown
+
+WEIGHTS = "model.safetensors"
+KEY = "diclip"  # the only metadata key: files with several list them in any order
+
+
+def save_weights(path: Path, weights: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Write weights as safetensors, with `about` as JSON in their metadata: no paths, no times."""
+    from safetensors.torch import save_file
+
+    tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={KEY: json.dumps(about, sort_keys=True)})
+
+
+def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_weights` wrote: tensors on the CPU, and what they are about.
+
+    Raises FileNotFoundError where there is no file, ValueError for one that is damaged or no weights of ours.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{shown(path)}: there is no such file: train first, or name another run")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()[KEY])  # noqa: SIM118
+    except (SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{shown(path)}: holds no weights of a training ({error}): copy the file again") from None
+
+
+def save_checkpoint(folder: Path, weights: Mapping[str, Tensor], about: Mapping[str, Any], state: Any) -> None:
+    """Write weights and the state that belongs to them, of step `about["step"]`.
+
+    The state's file is named by its step and comes first; the renaming of the weights makes both count. A kill
+    before leaves the old pair whole, a kill after leaves only an old state too many.
+    """
+    mine = folder / f"state-{about['step']}.pt"
+    with replacing(mine) as temporary:
+        torch.save(state, temporary)
+    save_weights(folder / WEIGHTS, weights, about)
+    sweep_up(folder, keep=mine)
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], Any] | None:
+    """Read weights and state, if there are any; raise ValueError, in one line, for what is damaged."""
+    if not (folder / WEIGHTS).is_file():
+        return None
+    weights, about = load_weights(folder / WEIGHTS)
+    path = folder / f"state-{about['step']}.pt"
+    try:
+        return weights, torch.load(path, weights_only=True, map_location="cpu")
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+        raise ValueError(f"{shown(path)} is missing or damaged: choose another run_dir") from error
+
+
+def sweep_up(folder: Path, *, keep: Path) -> None:
+    """Remove states of other steps, and what kills have left half written."""
+    for path in [*folder.glob("state-*.pt"), *folder.glob(f".{WEIGHTS}.*"), *folder.glob(".state-*")]:
+        if path != keep:
+            path.unlink(missing_ok=True)
+
+
+def forget(metrics: Path, *, after: int) -> None:
+    """Drop from metrics.jsonl what a killed run had logged beyond its last checkpoint: those steps are done again."""
+    if not metrics.exists():
+        return
+    lines = metrics.read_text(encoding="utf-8").splitlines(True)
+    whole = [line for line in lines if line.endswith("\n")]  # a kill may cut the last line short
+    kept = [line for line in whole if json.loads(line)["step"] <= after]
+    with replacing(metrics) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")

@@ -1,0 +1,197 @@
+"""Make labels for a decoder while it learns: from tags, as ExCEL and DiCLIP do, or from true masks, to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diclip.affinity import calibrate
+from diclip.cam import Maps, pack
+from diclip.clip import IMAGENET_MEAN, IMAGENET_STD, DenseCLIP, Encoded
+from diclip.data import Batch
+from diclip.labels import pseudo_labels
+from diclip.memory import fuse
+from diclip.methods.diclip import DiCLIP
+from diclip.methods.excel import ExCEL
+from diclip.refine import par, rar
+from diclip.settings import Settings
+
+
+@dataclass(frozen=True)
+class View:
+    """Hold what the frozen models say of a batch."""
+
+    encoded: Encoded
+    fine: Tensor | None = None  # (B, M, M), the diffusion's fine self-attention
+    fine_grid: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Hold what the trained parts say of a batch, detached; None is not to be used (yet)."""
+
+    pairs: Tensor | None  # (B, N, N), `pair_logits` of the decoder's features, for maps
+    adapted: Tensor | None  # (B, 1 + C, h, w), the adapter's logits, for maps
+    affinity: Tensor | None  # (B, N, N) in [0, 1], their `pair_affinity`, for CAA
+
+
+class Teacher(Protocol):
+    """Look at a batch with frozen models, once, then make maps and labels of it with what is learnt by then.
+
+    `labels` are (B, H, W), int64, at the size of the batch's images; `rungs` yields the maps by name, `raw` before any
+    refinement. With a `step` noise is drawn anew.
+    """
+
+    raw: tuple[str, ...]
+    refined: tuple[str, ...]
+    restretch: bool
+
+    def look(self, batch: Batch, *, step: int | None) -> View: ...
+
+    def rungs(self, batch: Batch, view: View, learned: Learned) -> Iterator[tuple[str, Maps]]: ...
+
+    def labels(self, batch: Batch, view: View, learned: Learned) -> Tensor: ...
+
+
+class ExCELTeacher:
+    """Calibrate CLIP by the decoder's features (learnable visual calibration), spread by CAA, refine by pixels (PAR).
+
+    Source: ExCEL, CVPR 2025.
+    """
+
+    raw, refined = ("dynamic",), ("caa",)
+    restretch = False
+
+    def __init__(self, settings: Settings, method: ExCEL) -> None:
+        self.settings, self.method = settings, method
+
+    def look(self, batch: Batch, *, step: int | None) -> View:
+        """Run CLIP, and keep what the calibration will change."""
+        return View(self.method.encode(batch, tokens=self.settings.decoder_tokens, need_pull=True))
+
+    def rungs(self, batch: Batch, view: View, learned: Learned) -> Iterator[tuple[str, Maps]]:
+        """Yield `dynamic`, which without learned pairs is the static map, and `caa`."""
+        encoded, patches = view.encoded, view.encoded.patches
+        if learned.pairs is not None:
+            patches = self.method.clip.biased(encoded, calibrate(learned.pairs))
+        cam = self.method.cam(patches, encoded.pooled, encoded.grid, texts=self.method.enriched)
+        maps = pack(cam, batch.tags)
+        yield "dynamic", maps
+        yield "caa", self.method.spread(maps, encoded, affinity=learned.affinity)
+
+    def labels(self, batch: Batch, view: View, learned: Learned) -> Tensor:
+        """Return what is largest after PAR, of classes and of one minus their maximum."""
+        *_, (_, maps) = self.rungs(batch, view, learned)
+        images = truncated(batch.images) if self.settings.par_image == "truncated" else batch.images
+        return _stack(maps, batch, refine=lambda scores: par(scores, images, iterations=self.settings.par_rounds))
+
+
+class DiCLIPTeacher:
+    """Bias CLIP by the diffusion's correlation, add the adapter's maps to the texts', spread by CAA and by RAR.
+
+    Source: DiCLIP, IEEE TIP 2026.
+    """
+
+    raw, refined = ("dynamic",), ("caa", "rar")
+    restretch = True
+
+    def __init__(self, settings: Settings, method: DiCLIP) -> None:
+        self.settings, self.method = settings, method
+
+    def look(self, batch: Batch, *, step: int | None) -> View:
+        """Run the diffusion model, and CLIP with the bias that it gives."""
+        if step is not None:  # noise is drawn by an image's name: then a step's is its own, whatever the batch
+            batch = replace(batch, names=[f"{name} {step}" for name in batch.names])
+        coarse, fine, fine_grid = self.method.correlation(batch)
+        bias = self.settings.bias_strength * coarse
+        return View(self.method.encode(batch, bias=bias, tokens=self.settings.decoder_tokens), fine, fine_grid)
+
+    def rungs(self, batch: Batch, view: View, learned: Learned) -> Iterator[tuple[str, Maps]]:
+        """Yield `dynamic`, which without the adapter is the memory's map, `caa` and `rar`."""
+        return self._rungs(batch, view, learned, rounds=self.settings.rar_rounds)
+
+    def labels(self, batch: Batch, view: View, learned: Learned) -> Tensor:
+        """Return what is largest, of classes and of one minus their maximum."""
+        *_, (_, maps) = self._rungs(batch, view, learned, rounds=self.settings.train_rar_rounds)
+        return _stack(maps, batch, restretch=True)
+
+    def _rungs(self, batch: Batch, view: View, learned: Learned, *, rounds: int) -> Iterator[tuple[str, Maps]]:
+        encoded, method = view.encoded, self.method
+        cam = method.cam(encoded.patches, encoded.pooled, encoded.grid)  # (B, C, h, w)
+        if learned.adapted is None:
+            cam = method.remember(encoded, cam)
+        else:  # in the place of what the memory retrieves, not beside it
+            likeness = learned.adapted[:, 1:].relu().flatten(2)
+            cam = fuse(cam.flatten(2), likeness, weight=self.settings.adapter_strength).unflatten(-1, encoded.grid)
+        maps = pack(cam, batch.tags)
+        yield "dynamic", maps
+        maps = method.spread(maps, encoded, affinity=learned.affinity)
+        yield "caa", maps
+        yield "rar", rar(maps, view.fine, rounds=rounds, grid=view.fine_grid)
+
+
+class MaskTeacher:
+    """Hand out true masks: what the same decoder reaches with full supervision, which is no method but a ceiling."""
+
+    raw: tuple[str, ...] = ()
+    refined: tuple[str, ...] = ()
+    restretch = False
+
+    def __init__(self, settings: Settings, clip: DenseCLIP) -> None:
+        self.settings, self.clip = settings, clip
+
+    def look(self, batch: Batch, *, step: int | None) -> View:
+        """Run CLIP."""
+        return View(tokens_of(self.settings, self.clip, batch.images))
+
+    def rungs(self, batch: Batch, view: View, learned: Learned) -> Iterator[tuple[str, Maps]]:
+        """Raise ValueError: there are no maps."""
+        raise ValueError("a decoder taught by true masks has no class maps: set supervision to tags")
+
+    def labels(self, batch: Batch, view: View, learned: Learned) -> Tensor:
+        """Return the masks at the size of the images, by nearest pixels; raise ValueError where one is missing."""
+        for name, mask in zip(batch.names, batch.masks, strict=True):
+            if mask is None:
+                raise ValueError(f"image {name} has no mask to learn from: read a split with masks")
+        size = batch.images.shape[2:]
+        resized = [F.interpolate(mask[None, None].float(), size=size, mode="nearest")[0, 0] for mask in batch.masks]
+        return torch.stack(resized).long().to(self.clip.device)
+
+
+def tokens_of(settings: Settings, clip: DenseCLIP, images: Tensor) -> Encoded:
+    """Encode images (B, 3, H, W) for the decoder alone: no attention, no surgery path unless its tokens need it."""
+    aliased = settings.decoder_tokens == "aliased"
+    return clip.encode(
+        images,
+        attention=settings.attention,
+        surgery_blocks=settings.surgery_blocks if aliased else 0,
+        tokens=settings.decoder_tokens,
+        need_attention=False,
+    )
+
+
+def truncated(images: Tensor) -> Tensor:
+    """Return images (B, 3, H, W) in [0, 1] as the released code shows them to PAR.
+
+    Bytes are normalised, restored in float32 and cut, not rounded, to bytes: a few in a hundred are one darker.
+    """
+    mean, std = (255 * torch.tensor(x, dtype=torch.float64).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
+    normalised = (((images.cpu().double() * 255).round() - mean) / std).float()
+    return ((normalised * std.float() + mean.float()).trunc() / 255).to(images.device)
+
+
+def _stack(
+    maps: Maps,
+    batch: Batch,
+    *,
+    restretch: bool = False,
+    refine: Callable[[list[Tensor]], list[Tensor]] | None = None,
+) -> Tensor:
+    """Return the labels (B, H, W) of maps at the size of the batch's images."""
+    height, width = batch.images.shape[2:]
+    return torch.stack(pseudo_labels(maps, [(height, width)] * len(batch), restretch=restretch, refine=refine))
