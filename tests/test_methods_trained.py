@@ -65,7 +65,8 @@ def by_hand(system: System, given: Batch, step: int) -> tuple[Tensor, dict[str, 
     bias = fine = None
     if settings.method == "diclip":
         named = replace(given, names=[f"{name} {step}" for name in given.names])
-        bias, fine, fine_grid = method.correlation(named)
+        coarse, fine, fine_grid = method.correlation(named)
+        bias = settings.bias_strength * coarse
     encoded = clip.encode(given.images, bias=bias, **how)
     features, logits = system.segmenter(encoded.tokens, GRID)
     affinity = pair_affinity(features, mean="image")
@@ -81,10 +82,17 @@ def by_hand(system: System, given: Batch, step: int) -> tuple[Tensor, dict[str, 
             cam = fuse(cam, adapted[:, 1:].detach().relu(), weight=settings.adapter_strength)
         else:
             modes = {"value_mode": settings.value_mode, "affinity": settings.memory_affinity}
-            cam = fuse(cam, retrieve(patches, encoded.pooled, method.memory, texts, **norm, **modes))
+            found = retrieve(patches, encoded.pooled, method.memory, texts, **norm, **modes)
+            cam = fuse(cam, found, weight=settings.memory_weight)
     maps = pack(cam.unflatten(-1, GRID), given.tags)
     learned = affinity.detach() if late else None
-    maps = caa(maps, encoded.attention, layers=4, threshold=settings.tau_box, affinity=learned)
+    maps = caa(
+        maps,
+        encoded.attention,
+        layers=min(settings.caa_layers, len(clip.blocks)),
+        threshold=settings.tau_box,
+        affinity=learned,
+    )
     if settings.method == "diclip":
         maps = rar(maps, fine, rounds=settings.train_rar_rounds, grid=fine_grid)
         labels = torch.stack(pseudo_labels(maps, [SIZE] * len(given), restretch=True))
