@@ -2,6 +2,7 @@ import base64
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,7 +55,7 @@ def test_help_lists_commands_and_settings(capsys):
         assert f"  {word} " in out
     assert "earns a box (CAA) [0.79; coco: 0.88; clip-es on mini, clip-es on voc: 0.4; clip-es on coco: 0.7]\n" in out
     assert "[clip; voc, coco: imagenet; clip-es on voc, clip-es on coco: clip]\n" in out
-    assert "averages [6; diclip on mini: 2; clip-es: 8]\n" in out and "path [qq+2kk; excel: qkv]\n" in out
+    assert "averages [6; clip-es: 8; diclip on mini: 2]\n" in out and "path [qq+2kk; excel: qkv]\n" in out
 
 
 def test_evaluate_passes_settings_and_prints_what_fits_a_screen(fake, capsys):
@@ -254,6 +255,7 @@ def demo(fake, monkeypatch, tmp_path):
 
         monkeypatch.setattr(diclip.demo, "ROOT", tmp_path)
         monkeypatch.setattr(diclip.demo, "run_notebook", run_notebook)
+        monkeypatch.setattr(diclip.demo, "_pool", lambda: ThreadPoolExecutor(2))  # other processes know no stand-ins
         return diclip.demo.run_demo(load_settings(seed=2))
 
     return run
