@@ -14,7 +14,7 @@ from typing import Any
 
 from diclip import __version__
 from diclip.runs import write_json
-from diclip.settings import METHODS, PRESETS, ROOT, Settings, load_settings, shown
+from diclip.settings import METHODS, PRESETS, ROOT, Settings, load_settings, shipped_heads, shown
 
 Result = dict[str, Any]
 
@@ -40,6 +40,9 @@ def evaluate(args: argparse.Namespace) -> Result:
 
     named = {name: getattr(args, name) for name in ("method", "split", "ablate") if getattr(args, name)}
     settings = _settings(args, **named)
+    if args.trained is not None:
+        run = shipped_heads(settings) if args.trained == Path() else args.trained.absolute()
+        settings = settings.model_copy(update={"trained": run})
     if args.export:
         from diclip.export import export_voc
 
@@ -192,6 +195,8 @@ def parser() -> argparse.ArgumentParser:
     scored = command("evaluate", evaluate, "score a method, rung by rung")
     scored.add_argument("--method", help="the system, as --set method=…")
     scored.add_argument("--split", help="the images, as --set split=…")
+    where = "also with its trained parts: those of a run, or those that ship, as --set trained=…"
+    scored.add_argument("--trained", type=Path, nargs="?", const=Path(), metavar="RUN", help=where)
     scored.add_argument("--ablate", action="store_true", help="also without each part, as --set ablate=true")
     scored.add_argument(
         "--masks", type=Path, metavar="FOLDER", help="score these PNG or npy masks, of whomever, instead"

@@ -180,6 +180,8 @@ class Settings(BaseModel):
     par_rounds: int = Field(20, ge=0, description="rounds of pixel-adaptive refinement, for ExCEL's labels")
     par_image: Literal["exact", "truncated"] = Field("exact", description="its pixels; truncated: up to a 255th darker")
 
+    trained: Folder | None = Field(None, description="trained parts: a run's folder, or a file; none: without training")
+
     scales: Scales = Field((1.0,), description="sizes that maps are averaged over, of image_size")
     flip: bool = Field(False, description="also look at mirror images")
     flip_join: Literal["mean", "max"] = Field("mean", description="what joins a map with its mirror image's")
@@ -389,6 +391,11 @@ def load_settings(preset: str = "mini", **overrides: Any) -> Settings:
         return Settings(preset=preset, **{**PRESETS[preset], **chosen, **overrides})
     except ValidationError as error:
         raise ValueError("; ".join(map(_explain, error.errors()))) from None
+
+
+def shipped_heads(settings: Settings) -> Path:
+    """Return where the trained parts lie that ship with a preset's method."""
+    return ROOT / "data" / settings.preset / "heads" / f"{settings.method}.safetensors"
 
 
 def for_method(settings: Settings, method: str) -> Settings:

@@ -33,6 +33,21 @@ FREE = ("batch_size", "data_root", "device", "max_minutes", "reference_run", "ru
 """Settings that may differ when a training is resumed: what it computes does not depend on them."""
 
 
+LEARNED = (
+    "supervision",
+    "decoder_tokens",
+    "decoder_width",
+    "decoder_heads",
+    "decoder_layers",
+    "pair_mean",
+    "affinity_from",
+    "dynamic_from",
+    "adapter_slots",
+    "adapter_strength",
+)
+"""Settings that weights remember: without them they would be read wrongly."""
+
+
 @dataclass
 class Reached:
     """Hold how far a training has come: steps, seconds, of these on `tune`, the best mIoU there and its step."""
@@ -211,7 +226,8 @@ class Training:
 
     def _about(self) -> dict[str, Any]:
         s = self.settings
-        return {"method": s.method, "preset": s.preset, "supervision": s.supervision, "step": self.reached.step}
+        shape = {name: getattr(s, name) for name in LEARNED}
+        return {"method": s.method, "preset": s.preset, "step": self.reached.step, **shape}
 
     def _log(self, record: dict[str, Any]) -> None:
         if self.first:

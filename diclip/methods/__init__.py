@@ -47,8 +47,13 @@ def build_clip(settings: Settings) -> DenseCLIP:
 def build_method(settings: Settings, clip: DenseCLIP | None = None) -> Method:
     """Build the system that the settings name, on the CLIP that they name unless one is given.
 
+    With `trained` in the settings it is a `diclip.methods.trained.System`, which segments without tags too.
     Raises ValueError, in one line, for weights that are absent or damaged and for a device that is not there.
     """
+    if settings.trained is not None:
+        from diclip.methods.trained import load_system
+
+        return load_system(settings, clip)
     # Small files come first: a typo in a name must not cost the time that models take to load.
     if settings.method == "excel":
         from diclip.attributes import read_attributes
