@@ -22,7 +22,7 @@ from diclip.runs import locked, write_json
 from diclip.score import Counts, miou, paired_interval
 from diclip.settings import ROOT, Folder, load_settings, shown
 
-MEASURED = ("val_miou", "pseudo_miou", "full_supervision_miou", "seconds", "peak_mb")
+MEASURED = ("val_miou", "pseudo_miou", "training_free_miou", "full_supervision_miou", "seconds", "peak_mb")
 
 
 class Sweep(BaseModel):

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from diclip.checkpoints import WEIGHTS, forget, load_checkpoint, load_weights, save_checkpoint, save_weights
-from diclip.data import open_dataset
+from diclip.data import Batch, open_dataset
 from diclip.data.crops import crop_batches
 from diclip.evaluate import Evaluation, Progress, silent
 from diclip.learner import Learner, System, own_chance, start
@@ -173,12 +174,14 @@ class Training:
         which = f"best on {s.tune_split}, step {at.best_step}" if chosen == "best" else f"last, step {at.step}"
         result = write_evaluation(found, s.run_dir / "val.json", checkpoint=which)
         write_json(s.run_dir / "val.json", result)
-        network, labels = (_spread(found, name) for name in ("network", "pseudo labels"))
+        rungs = ("network", "pseudo labels", "training-free labels")
+        network, labels, static = (_spread(found, name) for name in rungs)
         return {
             "val_miou": network[0],
             "val_interval": network[1],
             "pseudo_miou": labels[0],
             "pseudo_interval": labels[1],
+            "training_free_miou": static[0],
             "full_supervision_miou": network[0] if s.supervision == "masks" else self.reference,
             "tune_miou": round(at.best, 2) if at.best_step else None,
             "best_step": at.best_step or None,
@@ -193,9 +196,10 @@ class Training:
         }
 
     def _score(self, settings: Settings, *, pseudo: bool = False) -> Evaluation:
-        predict = {"network": lambda batch: self.system.segment(batch.images)}
-        if pseudo:
-            predict = {"pseudo labels": lambda batch: self.system.pseudo_labels(batch, self.reached.step), **predict}
+        def predict(batch: Batch) -> dict[str, Tensor]:
+            labels = self.system.compared_labels(batch, self.reached.step) if pseudo else {}
+            return {**labels, "network": self.system.segment(batch.images)}
+
         with self._frozen():
             return count_masks(
                 settings,

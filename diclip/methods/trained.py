@@ -112,6 +112,14 @@ class System(nn.Module):
         return self._labels(batch, view, self._decode(view), step)
 
     @torch.no_grad()
+    def compared_labels(self, batch: Batch, step: int | None = None) -> dict[str, Tensor]:
+        """Return `pseudo_labels` and before them what the same rule makes without anything learnt, of one look."""
+        view = self._look(batch, step)
+        with self._exact():
+            static = self.teacher.labels(batch, view, Learned(None, None, None))
+        return {"training-free labels": static, "pseudo labels": self._labels(batch, view, self._decode(view), step)}
+
+    @torch.no_grad()
     def rungs(self, batch: Batch) -> Iterator[tuple[str, Maps]]:
         """Yield `dynamic`, the maps that the trained parts join, and each refinement, as at the end of the training."""
         view = self._look(batch, None)
