@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
 from diclip.plots import COLOURS
 
@@ -30,9 +31,9 @@ def learning(records: Sequence[Mapping[str, Any]], *, steps: int, title: str = "
     for axis, ylabel in ((left, "loss"), (right, "mIoU on tune (%)")):
         axis.set(xlabel="step", ylabel=ylabel, xlim=(0, 1.03 * steps))
         _tidy(axis)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.25 * max([1.0, *(float(max(line.get_ydata())) for line in axis.lines)]))
     if left.lines:
-        left.legend(fontsize=8, frameon=False)
+        left.legend(fontsize=7, frameon=False, ncols=len(PARTS), loc="upper right")
     figure.suptitle(title, fontsize=9)
     return figure
 
@@ -53,9 +54,13 @@ def costs(points: Sequence[Mapping[str, Any]], *, title: str = "") -> Figure:
         axis.annotate(point["name"], (x, y), xytext=(8, 0), textcoords="offset points", va="center", fontsize=8)
     ends = [point["minutes"] for point in points]
     axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(ScalarFormatter())
+    axis.xaxis.set_minor_locator(NullLocator())
     axis.set(xlabel="minutes of annotation", ylabel="mIoU (%)", xlim=(0.5 * min(ends), 6 * max(ends)))
+    axis.set_ylim(0, 1.1 * max(point["high"] or point["miou"] for point in points))
     axis.set_title(title, fontsize=9)
-    axis.grid(alpha=0.3, which="both")
+    axis.grid(alpha=0.3)
     _tidy(axis)
     return figure
 
