@@ -199,6 +199,7 @@ class Settings(BaseModel):
     max_minutes: float = Field(0, ge=0, description="stop a training after that time, to be resumed; 0: never")
 
     train_split: str = Field("train", pattern=r"^[\w-]+$", description="images that a network is trained on")
+    train_images: int = Field(0, ge=0, description="take only the first images of train_split; 0 takes all")
     val_split: str = Field("val", pattern=r"^[\w-]+$", description="images that a trained network is reported on")
     warmup_iters: int = Field(20, ge=0, description="steps in which the learning rate grows; then it falls to zero")
     learning_rate: float = Field(2e-3, gt=0, description="the largest learning rate")

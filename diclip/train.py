@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diclip.checkpoints import WEIGHTS, forget, load_checkpoint, load_weights, save_checkpoint, save_weights
 from diclip.data import Batch, open_dataset
-from diclip.data.crops import crop_batches
+from diclip.data.crops import crop_batches, training_images
 from diclip.evaluate import Evaluation, Progress, silent
 from diclip.learner import Learner, System, own_chance, start
 from diclip.runs import create_run, is_finished, write_json
@@ -186,6 +186,7 @@ class Training:
             "tune_miou": round(at.best, 2) if at.best_step else None,
             "best_step": at.best_step or None,
             "protocol": result["protocol"],
+            "train_images": len(training_images(s)),
             "steps": at.step,
             "seconds": round(at.seconds, 1),
             "images_per_second": round(at.step * s.train_batch / max(at.seconds - at.judging, 1e-9), 2),
