@@ -98,7 +98,7 @@ def sweep(args: argparse.Namespace) -> Result:
     from diclip.runs import progress
     from diclip.sweep import run_sweep
 
-    return run_sweep(args.file, progress)
+    return run_sweep(args.file, progress, cluster=args.cluster)
 
 
 def memory(args: argparse.Namespace) -> Result:
@@ -222,6 +222,8 @@ def parser() -> argparse.ArgumentParser:
     trained.add_argument("--resume", choices=("auto", "never"), default="never", help=how)
     swept = command("sweep", sweep, "run many trainings or notebooks: finished ones are skipped, failed ones listed")
     swept.add_argument("file", help="YAML file, here or in notebooks/")
+    at_once = "as Ray tasks, a GPU share each: here or, named by RAY_ADDRESS, on a cluster"
+    swept.add_argument("--cluster", action="store_true", help=at_once)
     command("memory", memory, "generate pictures of every class and build DiCLIP's memory from them")
     command("judge", judge, "tell how many generated pictures a classifier of its own recognises")
     command("effects", effects, "measure each idea of DiCLIP against the simplest thing that could explain it")

@@ -6,6 +6,8 @@ with gradients averaged over processes the gradients, of that batch in one.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -14,11 +16,19 @@ from torch import Tensor
 
 def over_processes(sums: Tensor) -> Tensor:
     """Add a tensor up over the processes that train together, with its gradient; alone, return it."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return sums
-    from torch.distributed.nn.functional import all_reduce
+    return _Total.apply(sums) if dist.is_available() and dist.is_initialized() else sums
 
-    return all_reduce(sums)
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, sums: Tensor) -> Tensor:
+        total = sums.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        return _Total.forward(context, gradient)  # each process's loss depends on what every process adds
 
 
 def balanced_cross_entropy(logits: Tensor, labels: Tensor, *, ignore: int = 255) -> Tensor:

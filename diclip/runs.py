@@ -12,11 +12,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 from unittest.mock import patch
 
@@ -139,19 +140,21 @@ def high_water() -> float | None:
 
 
 @contextmanager
-def create_run(path: str | Path, settings: Settings, *, free: Collection[str] = ()) -> Iterator[Path]:
+def create_run(
+    path: str | Path, settings: Settings, *, free: Collection[str] = (), also: Mapping[str, Any] = MappingProxyType({})
+) -> Iterator[Path]:
     """Hold a run's folder: locked against other processes, with settings.json and environment.json.
 
-    A run that was killed is resumed by creating it again with the same settings; finished.json is written
-    last, and a finished run is never overwritten. Settings that are `free` may differ. Raises ValueError if the
-    folder is in use, finished, or another's.
+    A run that was killed is resumed by creating it again with the same settings, and with what is chosen `also`;
+    finished.json is written last, and a finished run is never overwritten. Settings that are `free` may differ.
+    Raises ValueError if the folder is in use, finished, or another's.
     """
-    path, record = Path(path), settings.model_dump(mode="json")
+    path, record = Path(path), {**settings.model_dump(mode="json"), **also}
     path.mkdir(parents=True, exist_ok=True)
     if not (path / "settings.json").exists() and any(entry.name[0] != "." for entry in path.iterdir()):
         raise ValueError(f"{shown(path)} holds files that are no run's: choose another run_dir")
     with locked(path):
-        if is_finished(path, settings, free=free):
+        if is_finished(path, settings, free=free, also=also):
             raise ValueError(f"{shown(path)} holds a finished run and is never overwritten: choose another run_dir")
         write_json(path / "settings.json", record)
         write_json(path / "environment.json", environment())
@@ -170,9 +173,11 @@ def locked(path: Path) -> AbstractContextManager[Any]:
         raise ValueError(f"{shown(path)} is in use: wait, or choose another run_dir") from None
 
 
-def is_finished(path: str | Path, settings: Settings, *, free: Collection[str] = ()) -> bool:
+def is_finished(
+    path: str | Path, settings: Settings, *, free: Collection[str] = (), also: Mapping[str, Any] = MappingProxyType({})
+) -> bool:
     """Tell whether a folder holds a run that is finished; raise ValueError for one of settings that are not `free`."""
-    path, record = Path(path), settings.model_dump(mode="json")
+    path, record = Path(path), {**settings.model_dump(mode="json"), **also}
     if (path / "settings.json").exists():
         before = json.loads((path / "settings.json").read_text(encoding="utf-8"))
         names = sorted({*before, *record} - {*free})

@@ -1,4 +1,4 @@
-"""Run many trainings, or notebooks, one after another: what is finished is skipped, what failed is listed."""
+"""Run many trainings, or notebooks, one by one or at once: what is finished is skipped, what failed is listed."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from diclip.cluster import as_tasks, check_ray
 from diclip.compare import load_result
 from diclip.evaluate import Progress, silent
 from diclip.runs import locked, write_json
@@ -33,7 +34,8 @@ class Sweep(BaseModel):
         variants: {whole: {}, without_vce: {bias_strength: 0}}
         grid: {seed: [0, 1, 2]}
 
-    Each run is a training in the folder run_dir/VARIANT/NAME=VALUE,…, or the `notebook` if one is named.
+    Each run is a training in the folder run_dir/VARIANT/NAME=VALUE,…, or the `notebook` if one is named. On a `cluster`
+    the folders and this package are where all machines see them, and a run has `gpu_share` of a GPU.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,6 +45,8 @@ class Sweep(BaseModel):
     variants: dict[str, dict[str, Any]] = Field({"all": {}}, min_length=1)
     grid: dict[str, list[Any]] = {}
     notebook: str | None = None
+    cluster: bool = False
+    gpu_share: float = Field(1.0, gt=0, le=1)
 
     def folder(self, variant: str, name: str) -> Path:
         """Return where a run lies."""
@@ -74,17 +78,28 @@ def read_sweep(path: str | Path) -> Sweep:
         raise ValueError(f"{shown(found)}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
-def run_sweep(path: str | Path, progress: Progress = silent) -> dict[str, Any]:
+def run_sweep(path: str | Path, progress: Progress = silent, *, cluster: bool = False) -> dict[str, Any]:
     """Run what is not finished, each in a process of its own; return runs, means, differences and what failed.
 
     Beside each run's folder lies its output, NAME.log; run_dir/table.json holds what is returned. Running a
-    sweep again runs what failed, resumes what was killed, and skips the rest.
+    sweep again runs what failed, resumes what was killed, and skips the rest. On a `cluster`, which the file may ask
+    for too, runs are Ray tasks, as many at once as there are GPUs or CPUs for.
     """
     sweep = read_sweep(path)
     runs = list(sweep.runs())
+    if cluster := cluster or sweep.cluster:
+        check_ray()
     sweep.run_dir.mkdir(parents=True, exist_ok=True)
     with locked(sweep.run_dir):
-        rows = [_row(variant, name, given, sweep.notebook) for variant, name, given in progress(runs, desc="sweep")]
+        folders = [sweep.folder(variant, name) for variant, name, _ in runs]
+        jobs = {
+            folder: (folder, given, sweep.notebook)
+            for folder, (*_, given) in zip(folders, runs, strict=True)
+            if not (folder / "finished.json").exists()
+        }
+        ended = as_tasks(_execute, jobs, gpu_share=sweep.gpu_share) if cluster else _in_turn(jobs)
+        states = dict.fromkeys(folders, ("finished", None)) | dict(progress(ended, total=len(jobs), desc="sweep"))
+        rows = [_row(*run[:2], folder, *states[folder]) for run, folder in zip(runs, folders, strict=True)]
         failed = [f"{row['variant']}/{row['run']}: {row.pop('reason')}" for row in rows if row["state"] == "failed"]
         pairs = {"B - A in mIoU, paired 95 % bootstrap over images": differences(sweep, rows)}
         result = {"runs": rows, "means": means(rows), **pairs, "problems": failed}
@@ -92,11 +107,11 @@ def run_sweep(path: str | Path, progress: Progress = silent) -> dict[str, Any]:
     return result
 
 
-def _row(variant: str, name: str, given: dict[str, Any], notebook: str | None) -> dict[str, Any]:
-    folder = Path(given["run_dir"])
-    state, reason = "finished", None
-    if not (folder / "finished.json").exists():
-        state, reason = _execute(folder, given, notebook)
+def _in_turn(jobs: dict[Path, tuple[Any, ...]]) -> Iterator[tuple[Path, tuple[str, str | None]]]:
+    return ((folder, _execute(*job)) for folder, job in jobs.items())
+
+
+def _row(variant: str, name: str, folder: Path, state: str, reason: str | None) -> dict[str, Any]:
     row = {"variant": variant, "run": name, "state": state, **({"reason": reason} if reason else {})}
     metrics = next((path for path in (folder / "metrics.json", *folder.glob("*/metrics.json")) if path.exists()), None)
     found = json.loads(metrics.read_text(encoding="utf-8")) if metrics and state == "finished" else {}

@@ -1,10 +1,15 @@
 """Test that predictions are packed as PASCAL VOC's server wants them, and that they are the evaluator's."""
 
+import multiprocessing
+import os
 import shutil
+import signal
 import tarfile
+import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from diclip.__main__ import main
@@ -69,14 +74,60 @@ def test_no_mask_of_the_split_is_read(settings, method, tiny_world, tmp_path):
     assert export_voc(settings, tmp_path / "out", method=method)["images"] == 6
 
 
-def test_a_finished_export_is_kept_and_an_unfinished_one_done_again(settings, method, tmp_path):
-    (tmp_path / INSIDE).mkdir(parents=True)
-    (tmp_path / INSIDE / "val_00000.png").write_bytes(b"half a pict")
-    export_voc(settings, tmp_path, method=method)
-    with Image.open(tmp_path / INSIDE / "val_00000.png") as image:
-        assert image.size == picture_size(settings)
+def export_slowly(settings: dict, folder) -> None:
+    """Export in a process of its own, with time for a kill after each batch."""
+
+    def slowly(batches, **_):
+        for batch in batches:
+            yield batch
+            time.sleep(0.2)
+
+    torch.set_num_threads(1)
+    settings = load_settings(**settings)
+    export_voc(settings, folder, slowly, method=build_method(settings, load_clip(settings.clip_model)))
+
+
+def test_three_kills_change_nothing(settings, tmp_path):
+    """Kill -9 an export of three batches before, between and after its pictures; go on each time."""
+    context, given = multiprocessing.get_context("forkserver"), settings.model_dump(mode="json") | {"batch_size": 2}
+    context.set_forkserver_preload(["test_export"])
+    for pictures in (0, 3, 6):
+        process = context.Process(target=export_slowly, args=(given, tmp_path / "killed"))
+        process.start()
+        while process.is_alive() and not _reached(tmp_path / "killed", pictures):
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL and not (tmp_path / "killed/results.tar.gz").exists()
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed" / INSIDE).iterdir()}
+    for name in ("killed", "whole"):
+        process = context.Process(target=export_slowly, args=(given, tmp_path / name))
+        process.start()
+        process.join()
+        assert process.exitcode == 0 and (tmp_path / name / "finished.json").exists()
+    assert len(kept) == 6 and all(path.stat().st_mtime_ns == time for path, time in kept.items())
+    for name in ("results.tar.gz", *(f"{INSIDE}/val_{index:05d}.png" for index in range(6))):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def _reached(folder, pictures: int) -> bool:
+    return (folder / "settings.json").exists() and len(list((folder / INSIDE).glob("val_*.png"))) >= pictures
+
+
+def test_a_finished_export_is_kept_and_what_a_kill_has_left_is_done_again(settings, method, tmp_path):
+    export_voc(settings, tmp_path / "whole", method=method)
     with pytest.raises(ValueError, match="holds a finished export: choose another folder"):
-        export_voc(settings, tmp_path, method=method)
+        export_voc(settings, tmp_path / "whole", method=method)
+    left, inside = shutil.copytree(tmp_path / "whole", tmp_path / "left"), tmp_path / "left" / INSIDE
+    for name in ("results.tar.gz", "finished.json", f"{INSIDE}/val_00005.png"):
+        (left / name).unlink()
+    for half in (left / ".results.tar.gz.123", inside / ".val_00005.png.123"):
+        half.write_bytes(b"half a")
+    with pytest.raises(ValueError, match="holds a run of other settings .*rung was 'caa', now 'intra'"):
+        export_voc(settings, left, rung="intra", method=method)
+    export_voc(settings, left, method=method)
+    assert (left / "results.tar.gz").read_bytes() == (tmp_path / "whole/results.tar.gz").read_bytes()
+    assert len(list(inside.iterdir())) == 6 and not list(left.glob(".results*"))
 
 
 def test_faults_are_one_line(settings, tiny_world, tmp_path, capsys, monkeypatch):

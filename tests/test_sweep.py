@@ -1,6 +1,7 @@
 """Test sweeps: which runs there are, what is skipped, what is listed."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,9 +11,11 @@ import pytest
 import yaml
 
 from diclip import sweep as sweeps
+from diclip.__main__ import main
 from diclip.settings import ROOT, load_settings
 from diclip.sweep import differences, means, read_sweep, run_sweep
 from diclip.tally import rows_of
+from diclip.vocabulary import VOC_CLASSES
 
 PARAMS = sorted((ROOT / "notebooks/params").glob("*.yaml"))
 
@@ -76,6 +79,46 @@ def test_failed_runs_are_listed_and_run_again_finished_ones_skipped(file, traini
     assert whole["± val_miou"] == pytest.approx(2**0.5) and without["val_miou"] == 41 and whole["pseudo_miou"] is None
     run_sweep(file)
     assert len(trainings.arguments) == 5
+
+
+def test_without_ray_a_cluster_is_refused_before_anything_runs(file, trainings, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    asked = file.with_name("asked.yaml")
+    asked.write_text(file.read_text() + "cluster: true\n")
+    for arguments in ([str(file), "--cluster"], [str(asked)]):
+        assert main(["sweep", *arguments]) == 2
+        hint = "diclip: found no Ray to run a sweep on a cluster: pip install -e '.[cluster]'\n"
+        assert capsys.readouterr().err == hint
+    assert not trainings.arguments and not (tmp_path / "runs").exists()
+
+
+def test_runs_are_ray_tasks(tmp_path, tiny_world, tiny_clip):
+    """Two trainings at once, of which one cannot be; mended, it alone runs again."""
+    pytest.importorskip("ray")
+    (tmp_path / "sentences.yaml").write_text("".join(f"{name}: [it is a thing.]\n" for name in VOC_CLASSES))
+    short = {
+        "max_iters": 2,
+        "limit": 2,
+        "validate_every": 0,
+        "image_size": 64,
+        "par_rounds": 1,
+        "attribute_clusters": 1,
+    }
+    files = {"data_root": tiny_world, "clip_model": tiny_clip, "attributes": tmp_path / "sentences.yaml"}
+    base = {"preset": "mini", "method": "excel", "device": "cpu", **short, **{k: str(v) for k, v in files.items()}}
+    narrow = {"decoder_width": 16, "decoder_heads": 2, "decoder_layers": 1}
+    content = {"run_dir": str(tmp_path / "runs"), "base": base | narrow, "cluster": True, "gpu_share": 0.5}
+    path, runs = tmp_path / "sweep.yaml", tmp_path / "runs"
+    path.write_text(yaml.safe_dump(content | {"variants": {"good": {}, "odd": {"decoder_heads": 3}}}))
+    found = run_sweep(path)
+    assert [row["state"] for row in found["runs"]] == ["finished", "failed"] and found["runs"][0]["val_miou"] >= 0
+    assert "odd/run: it said 'diclip: the decoder has 16 channels, 3 heads" in found["problems"][0]
+    stamp = (runs / "good/run/metrics.json").stat().st_mtime_ns
+    shutil.rmtree(runs / "odd")
+    path.write_text(yaml.safe_dump(content | {"variants": {"good": {}, "odd": {"decoder_heads": 4}}}))
+    found = run_sweep(path)
+    assert not found["problems"] and [row["state"] for row in found["runs"]] == ["finished"] * 2
+    assert (runs / "good/run/metrics.json").stat().st_mtime_ns == stamp
 
 
 def test_variants_are_compared_image_by_image(file, tmp_path):

@@ -4,13 +4,12 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from toy_training import Toy, plain, run
+from toy_training import Toy, plain, run, run_together
 
 from diclip.checkpoints import load_weights
 from diclip.compare import compare_results
@@ -174,26 +173,7 @@ def _logged(folder: Path, lines: int) -> bool:
 def test_two_processes_learn_what_one_does(chosen, processes, tmp_path):
     one = chosen(tmp_path / "one", train_batch=4)
     train(load_settings(**one), build=plain)
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = str(free.getsockname()[1])
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    two = [
-        processes.Process(
-            target=run,
-            args=({**one, "run_dir": str(tmp_path / "two")},),
-            kwargs={
-                "build": plain,
-                "environment": {**place, "RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"},
-            },
-        )
-        for rank in "01"
-    ]
-    for process in two:
-        process.start()
-    for process in two:
-        process.join()
-    assert [process.exitcode for process in two] == [0, 0]
+    assert run_together(processes, {**one, "run_dir": str(tmp_path / "two")}, build=plain) == [0, 0]
     pairs = list(zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True))
     assert len(pairs) == 12
     for alone, both in pairs:

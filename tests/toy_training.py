@@ -1,23 +1,16 @@
 """A small real network to train: what the tests of the loop run, here and in other processes."""
 
 import os
+import socket
 import sys
 
 import torch
 from torch import nn
 
 from diclip.cam import pack
+from diclip.losses import over_processes
 from diclip.settings import Settings, load_settings
 from diclip.train import train
-
-
-def total(sums):
-    """Add up over the processes that train together, with gradients."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return sums
-    from torch.distributed.nn.functional import all_reduce
-
-    return all_reduce(sums)
 
 
 class Toy(nn.Module):
@@ -38,9 +31,7 @@ class Toy(nn.Module):
         self.step = step
         masks = torch.stack(batch.masks)[:, ::4, ::4]
         errors = nn.functional.cross_entropy(self.logits(batch.images), masks, reduction="none", ignore_index=255)
-        sums = [
-            total(torch.stack([errors[x].sum(), x.sum().float()])) for x in (masks == 0, (masks > 0) & (masks < 255))
-        ]
+        sums = [over_processes(torch.stack([errors[x].sum(), x.sum().float()])) for x in (masks == 0, masks % 255 > 0)]
         back, front = (error / (count + 1e-6) for error, count in sums)
         return {"loss": (back + front) / 2, "back": back, "noise": torch.rand((), generator=generator)}
 
@@ -60,10 +51,26 @@ def plain(settings: Settings) -> Toy:
 
 
 def run(settings: dict, *, build=Toy, environment: dict | None = None) -> None:
-    """Train in a process of its own, which tells what went wrong by its exit code."""
+    """Train in a process of its own, which tells what went wrong by its exit code; without `build` a real system."""
     os.environ.update(environment or {})
     torch.set_num_threads(1)
     train(load_settings(**settings), resume=True, build=build)
+
+
+def run_together(processes, settings: dict, *, build, count: int = 2) -> list[int]:
+    """Train in processes of a multiprocessing context that share the work; return their exit codes."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+    started = []
+    for rank in map(str, range(count)):
+        own = place | {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": str(count)}
+        started.append(processes.Process(target=run, args=(settings,), kwargs={"build": build, "environment": own}))
+        started[-1].start()
+    for process in started:
+        process.join()
+    return [process.exitcode for process in started]
 
 
 if __name__ == "__main__":
