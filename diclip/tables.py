@@ -177,6 +177,7 @@ ABLATIONS = {
     "without_vce": "without the diffusion's correlation (VCE)",
     "without_tsa": "without the memory and its adapter (TSA)",
     "without_both": "without both",
+    "with_caa": "labels spread by CAA and five rounds of RAR, as published",
     "parity": "with the released code's ways",
 }
 
