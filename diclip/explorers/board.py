@@ -9,26 +9,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from html import escape
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import ipywidgets as widgets
 import numpy as np
 
 from diclip.explorers import pictures
-from diclip.explorers.core import Pick, Studio, pictures_in
+from diclip.explorers.core import Pick, Studio, View, pictures_in
 
 LOG = logging.getLogger(__name__)
 WORKER = ThreadPoolExecutor(1, thread_name_prefix="explorer")  # one at a time: models share the processor's cores
 STYLE = {"description_width": "92px"}
 SPLITS = ("train", "tune", "val", "shift")
-
-
-class Shown(Protocol):
-    """What a board shows: pixels (H, W, 3), one line about them, and what to doubt."""
-
-    pixels: pictures.Pixels
-    line: str
-    doubts: tuple[str, ...]
 
 
 class Board:
@@ -46,9 +38,9 @@ class Board:
         groups: Mapping[str, Sequence[str | widgets.Widget]],
         *,
         read: Callable[[], Any],
-        draw: Callable[[Any], Shown],
+        draw: Callable[[Any], View],
         below: Sequence[widgets.Widget] = (),
-        shown: Callable[[Shown], None] = lambda view: None,
+        shown: Callable[[Any], None] = lambda view: None,
     ) -> None:
         self.controls, self._read, self._draw, self._shown = dict(controls), read, draw, shown
         self._wanted = self._done = self.dropped = 0
@@ -115,7 +107,7 @@ class Board:
         except (ValueError, OSError) as error:
             return self._wanted, error
 
-    def _attempt(self, choice: Any) -> tuple[Shown | None, bytes, str]:
+    def _attempt(self, choice: Any) -> tuple[View | None, bytes, str]:
         """Draw; return the view, its PNG and what to say: an error is told in one line."""
         if isinstance(choice, Exception):
             return None, b"", _told(choice)
@@ -130,7 +122,7 @@ class Board:
             return None, b"", _told(error)
         return view, data, f"{escape(view.line)} <span style='color:#888'>· {perf_counter() - start:.2f} s</span>"
 
-    def _show(self, number: int, view: Shown | None, data: bytes, line: str) -> None:
+    def _show(self, number: int, view: View | None, data: bytes, line: str) -> None:
         self._done = number
         self.line.value = line
         if view is None:
@@ -156,6 +148,14 @@ def slider(kind: type[widgets.Widget], name: str, value: float, low: float, high
 def choose(name: str, options: Sequence[Any], value: Any) -> widgets.Dropdown:
     """Make a menu."""
     return widgets.Dropdown(options=options, value=value, description=name, style=STYLE, layout=_wide())
+
+
+def lacking(studio: Studio, group: str) -> list[widgets.HTML]:
+    """Say below a group of controls what it lacks, if it does."""
+    what, why = {"System": ("diclip", studio.lacks), "Diffusion": ("this", studio.lacks_diffusion)}.get(
+        group, ("", None)
+    )
+    return [widgets.HTML(f"<span style='color:#666'>{what} is off: {escape(why)}</span>")] if why else []
 
 
 def _wide() -> widgets.Layout:

@@ -19,13 +19,12 @@ from diclip.cam import Maps, minmax
 from diclip.data.minivoc import save_mask
 from diclip.evaluate import own_rule
 from diclip.explorers import pictures
-from diclip.explorers.core import Photo, Pick, Studio, digest
+from diclip.explorers.core import Photo, Pick, Studio, View, digest
 from diclip.labels import pseudo_labels
 from diclip.methods import Method
 from diclip.runs import environment, write_json
 from diclip.score import image_counts
 from diclip.settings import ROOT, Settings, for_method
-from diclip.vocabulary import VOC_CLASSES
 
 LADDERS = {  # the rungs of each system, in order
     "clip": ("clip", "intra", "caa"),
@@ -60,15 +59,11 @@ class CamChoice:
 
 
 @dataclass(frozen=True, eq=False)
-class View:
-    """Hold what a choice looks like: pixels (H, W, 3), one line about it, what to doubt, and what was computed."""
+class CamView(View):
+    """Hold also what was computed."""
 
-    pixels: pictures.Pixels
-    line: str
-    doubts: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
     labels: Tensor | None = None  # (H, W) int64 at the picture's own size
-    score: float | None = None  # the background's
 
 
 class CamExplorer:
@@ -77,7 +72,7 @@ class CamExplorer:
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
 
-    def view(self, choice: CamChoice, *, side: int = pictures.SIDE) -> View:
+    def view(self, choice: CamChoice, *, side: int = pictures.SIDE) -> CamView:
         """Draw a choice, each panel's longer side `side` pixels; raise ValueError, in one line, for a wrong one."""
         studio, photo = self.studio, self.studio.photo(choice.pick)
         settings = self.settings(choice)
@@ -91,13 +86,12 @@ class CamExplorer:
         if choice.classes is None and not photo.tags:
             line += " · no tags: the likeliest classes are shown"
         panels = list(self.panels(choice, photo, system, found, labels, side))
-        return View(
+        return CamView(
             pictures.table(panels),
             line,
             studio.doubts(photo, (*choice.words, *own)),
             classes,
             labels,
-            score,
         )
 
     def settings(self, choice: CamChoice) -> Settings:
@@ -193,7 +187,7 @@ class CamExplorer:
     ) -> Iterator[pictures.Panel]:
         """Yield image, labels and truth, then the maps."""
         names, base = system.vocabulary.classes, pictures.fit(photo.image, side=side)
-        iou = class_iou(labels, photo.mask, len(names))
+        iou = class_iou(labels, photo.mask, len(self.studio.classes))
         yield pictures.Panel(photo.name, base)
         mean = f" · IoU {100 * np.mean(list(iou.values())):.0f} % in the mean" if iou else ""
         yield pictures.Panel(f"labels{mean}", pictures.painted(labels, base.shape))
@@ -248,11 +242,14 @@ def refinements() -> tuple[str, ...]:
 
 
 def class_iou(labels: Tensor, truth: Tensor | None, classes: int) -> dict[int, float]:
-    """Return the IoU of every label that prediction or truth (H, W) hold; of none without a truth."""
+    """Return the IoU of every label 0 to `classes` that prediction or truth (H, W) hold; of none without a truth.
+
+    Of a word of one's own the truth says nothing: where it is predicted, the background and the classes lose.
+    """
     if truth is None:
         return {}
-    counts = image_counts(labels, truth, num_classes=max(classes, len(VOC_CLASSES)))
-    hits, predicted, true = np.asarray(counts).T
+    own = int(labels.max())
+    hits, predicted, true = image_counts(labels, truth, num_classes=max(own, classes)).T[:, : classes + 1]
     union = predicted + true - hits
     return {int(label): float(hits[label] / union[label]) for label in np.nonzero(union)[0]}
 

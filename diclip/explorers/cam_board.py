@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from html import escape
 from typing import Any
 
 import ipywidgets as widgets
 
-from diclip.explorers.board import STYLE, Board, Picker, choose, slider
-from diclip.explorers.cam import LADDERS, VIEWS, CamChoice, CamExplorer, View, refinements, words_of
+from diclip.explorers.board import STYLE, Board, Picker, choose, lacking, slider
+from diclip.explorers.cam import LADDERS, VIEWS, CamChoice, CamExplorer, CamView, refinements, words_of
 from diclip.explorers.core import Studio
 from diclip.explorers.pictures import HEATS
 from diclip.settings import shown
@@ -60,7 +59,7 @@ class _CamBoard:
         ]
         for name in start.classes or ():
             self.toggles[name].value = True
-        groups = {name: (*names, *self._lacking(name)) for name, names in GROUPS.items()}
+        groups = {name: (*names, *lacking(self.studio, name)) for name, names in GROUPS.items()}
         self.board = Board(controls, groups, read=self.read, draw=explorer.view, below=below, shown=self._shown)
         for toggle in self.toggles.values():
             toggle.observe(self._toggled, names="value")
@@ -136,11 +135,6 @@ class _CamBoard:
             controls[name].disabled = not used
             controls[name].tooltip = "" if used else (self.studio.lacks or f"not part of {method}")
 
-    def _lacking(self, group: str) -> list[widgets.Widget]:
-        if group != "System" or not self.studio.lacks:
-            return []
-        return [widgets.HTML(f"<span style='color:#666'>diclip is off: {escape(self.studio.lacks)}</span>")]
-
     def _quiet(self) -> AbstractContextManager[Any]:
         return self.board.quietly() if hasattr(self, "board") else nullcontext()
 
@@ -159,7 +153,7 @@ class _CamBoard:
         self.own_classes = classes is not None
         self.board.request()
 
-    def _shown(self, view: View) -> None:
+    def _shown(self, view: CamView) -> None:
         if not self.own_classes:
             for name, toggle in self.toggles.items():
                 toggle.value = name in view.classes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from diclip.clip import DenseCLIP, Encoded, load_clip
 from diclip.data import Batch, open_dataset, squash
 from diclip.data.images import decode_image
 from diclip.data.voc import VOCFolder
+from diclip.explorers.pictures import Pixels
 from diclip.methods import Method
 from diclip.runs import pick_device
 from diclip.settings import Settings, shown
@@ -150,6 +152,15 @@ class Photo:
         return self.image.shape[1], self.image.shape[2]
 
 
+@dataclass(frozen=True, eq=False)
+class View:
+    """Hold what a choice looks like: pixels (H, W, 3), one line about them, and what to doubt."""
+
+    pixels: Pixels
+    line: str
+    doubts: tuple[str, ...] = ()
+
+
 class Studio:
     """Hold the models of some settings, loaded once, for all explorers; a frozen CLIP may be given.
 
@@ -166,16 +177,23 @@ class Studio:
             device=self.settings.device,
             pixel_norm=settings.pixel_norm,
         )
-        self.clip = RememberingCLIP(clip, self.memo)
+        self.frozen, self.clip = clip, RememberingCLIP(clip, self.memo)
         self.small = clip.model.vocab_size <= 4096  # a mini model: only MiniVOC's words and drawings mean something
         self.classes = self.settings.vocabulary().classes
 
     @property
-    def lacks(self) -> str | None:
-        """Say in one line which file the diffusion model or the memory lacks, where that is known without loading."""
+    def lacks_diffusion(self) -> str | None:
+        """Say in one line that there is no diffusion model, where that is known without loading one."""
         models = self.settings.diffusion_model
         if not any(Path(name).is_dir() or not name.startswith("/") for name in models):
             return f"there is no diffusion model in {shown(models[-1])}: train one with `diclip pretrain diffusion`"
+        return None
+
+    @property
+    def lacks(self) -> str | None:
+        """Say in one line what DiCLIP lacks, the diffusion model or the memory."""
+        if self.lacks_diffusion:
+            return self.lacks_diffusion
         if not self.settings.memory.is_file():
             return f"there is no memory at {shown(self.settings.memory)}: build one with `diclip memory`"
         return None
@@ -255,7 +273,7 @@ class Studio:
         """Say what the models cannot know about a photo and some words, and which preset's can."""
         if not self.small:
             return ()
-        unknown = [word for word in words if word.lower() not in known_words()]
+        unknown = [word for word in words if not set(re.findall(r"\w+", word.lower())) <= known_words()]
         cure = 'load_settings("voc") has a CLIP that was trained on photographs'
         said = []
         if unknown:
@@ -278,10 +296,7 @@ def pictures_in(folder: str | Path) -> list[Path]:
 
 
 def known_words() -> frozenset[str]:
-    """Return all that MiniVOC's captions name: what its mini CLIP can have learnt."""
-    from diclip.data.minivoc.captions import PLACE_WORDS, SYNONYMS
-    from diclip.data.minivoc.textures import CLASS_MATERIALS
+    """Return every word of MiniVOC's captions: what its mini CLIP can have learnt."""
+    from diclip.data.minivoc.captions import vocabulary_sentences
 
-    phrases = [word for words in (*SYNONYMS.values(), *PLACE_WORDS.values()) for word in words]
-    materials = [name for _, name in CLASS_MATERIALS.values()]
-    return frozenset([*SYNONYMS, *phrases, *materials])
+    return frozenset(re.findall(r"\w+", " ".join(vocabulary_sentences()).lower()))
