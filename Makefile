@@ -27,7 +27,9 @@ setup: .venv/ready  ## install into .venv
 demo: .venv/ready  ## run the notebooks 00 to 05 and score the ladder, into runs/demo
 	$(BIN)/diclip demo
 
-test: .venv/ready-test  ## check style, code, parity and notebooks
+test: .venv/ready-test  ## check style, code, parity, notebooks and, in a browser, the explorers
+	@if [ "$$CI" = true ] && [ "$$(id -u)" = 0 ] && ! command -v chromium > /dev/null; then \
+		apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium; fi
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2

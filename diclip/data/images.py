@@ -14,6 +14,7 @@ from torch import Tensor
 from diclip.settings import shown
 
 MIN_SIDE, MAX_SIDE = 8, 10_000
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP")  # what strangers may send: no format that runs a program
 VOID = 255
 
 
@@ -34,7 +35,7 @@ def decode_image(data: bytes, *, name: str, most: int = 512) -> Tensor:
     """
     if not data:
         raise ValueError(f"{name}: found 0 bytes, expected an image: choose the file again")
-    image = _open(io.BytesIO(data), name)
+    image = _open(io.BytesIO(data), name, formats=FORMATS)
     try:
         image = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError, TypeError, KeyError, StructError) as error:  # Pillow's, for damaged EXIF
@@ -94,9 +95,9 @@ def _load(path: Path) -> Image.Image:
     return _open(path, shown(path))
 
 
-def _open(source: Path | io.BytesIO, name: str) -> Image.Image:
+def _open(source: Path | io.BytesIO, name: str, *, formats: tuple[str, ...] | None = None) -> Image.Image:
     try:
-        image = Image.open(source)
+        image = Image.open(source, formats=formats)
         if min(image.size) < MIN_SIDE or max(image.size) > MAX_SIDE:
             raise _absurd(name, "{}x{}".format(*image.size))
         image.load()

@@ -1,1 +1,18 @@
 """Widgets to explore with: each a function from a choice to a picture, and a thin layer of ipywidgets around it."""
+
+from diclip.explorers.cam import CamChoice, CamExplorer
+from diclip.explorers.cam_board import explore_cams
+from diclip.explorers.core import Pick, Studio
+from diclip.explorers.patch import PatchChoice, PatchExplorer
+from diclip.explorers.patch_board import explore_patches
+
+__all__ = [
+    "CamChoice",
+    "CamExplorer",
+    "PatchChoice",
+    "PatchExplorer",
+    "Pick",
+    "Studio",
+    "explore_cams",
+    "explore_patches",
+]

@@ -58,7 +58,7 @@ class CamChoice:
     colours: str = "magma"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class CamView(View):
     """Hold also what was computed."""
 

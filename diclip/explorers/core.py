@@ -18,7 +18,7 @@ from diclip.clip import DenseCLIP, Encoded, load_clip
 from diclip.data import Batch, open_dataset, squash
 from diclip.data.images import decode_image
 from diclip.data.voc import VOCFolder
-from diclip.explorers.pictures import Pixels
+from diclip.explorers.pictures import Pixels, png
 from diclip.methods import Method
 from diclip.runs import pick_device
 from diclip.settings import Settings, shown
@@ -152,13 +152,19 @@ class Photo:
         return self.image.shape[1], self.image.shape[2]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class View:
     """Hold what a choice looks like: pixels (H, W, 3), one line about them, and what to doubt."""
 
     pixels: Pixels
     line: str
     doubts: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return " ".join((self.line, *self.doubts))
+
+    def _repr_png_(self) -> bytes:
+        return png(self.pixels, small=True)
 
 
 class Studio:
@@ -208,8 +214,9 @@ class Studio:
         return self.memo("model", names, make)
 
     def dataset(self, split: str) -> VOCFolder:
-        """Open a split; raise FileNotFoundError, in one line, where it is missing."""
-        chosen = self.settings.model_copy(update={"split": split})
+        """Open all of a split; raise FileNotFoundError, in one line, where it is missing."""
+        whole = {"limit": 0, "shard_index": 0, "num_shards": 1}
+        chosen = self.settings.model_copy(update={"split": split, **whole})
         return self.memo("dataset", split, lambda: open_dataset(chosen))
 
     def photo(self, pick: Pick) -> Photo:
