@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import struct
+import threading
 import time
 import zlib
 from dataclasses import replace
@@ -225,7 +226,7 @@ def test_diclip_is_explored_where_there_are_models(full_studio, change):
     explorer, choice = CamExplorer(full_studio), CamChoice(method="diclip", rung="tsa")
     first, looked = explorer.view(choice), full_studio.memo.made["diffusion"]
     assert not np.array_equal(explorer.view(replace(choice, **change)).pixels, first.pixels)
-    assert full_studio.memo.made["diffusion"] == looked == 1
+    assert full_studio.memo.made["diffusion"] == looked > 0
     with pytest.raises(ValueError, match="knows the dataset's classes alone"):
         explorer.view(replace(choice, words=("zebra",)))
 
@@ -300,7 +301,7 @@ def test_the_diffusions_row_is_its_attention(full_studio):
     ids=str,
 )
 def test_a_diffusion_step_is_made_where_noise_changes(full_studio, change, dreams):
-    explorer = PatchExplorer(Studio(full_studio.settings, clip=full_studio.frozen))
+    explorer = PatchExplorer(full_studio)
     first = explorer.view(PatchChoice())
     made = explorer.studio.memo.made
     before = made["diffusion"]
@@ -401,25 +402,27 @@ def test_a_click_chooses_the_patch_and_a_mouse_is_followed_if_asked(studio):
 
 
 def test_outdated_wishes_are_dropped():
-    drawn = []
+    drawn, begun, go = [], threading.Event(), threading.Event()
 
     def draw(value: int) -> View:
-        time.sleep(0.05)
+        begun.set()
+        assert go.wait(60)
         drawn.append(value)
         return View(np.full((8, 8, 3), value, np.uint8), f"drew {value}")
 
     async def drag() -> Board:
         number = slider(widgets.IntSlider, "number", 0, 0, 100, 1)
         board = Board({"number": number}, {"all": ["number"]}, read=lambda: number.value, draw=draw)
-        for value in range(1, 51):
+        while not begun.is_set():
+            await asyncio.sleep(0.01)
+        for value in range(1, 51):  # while the first is being drawn
             number.value = value
-            await asyncio.sleep(0.001)
+        go.set()
         await board._task
         return board
 
     board = asyncio.run(drag())
-    assert drawn[-1] == 50 and drawn == sorted(drawn) and len(drawn) < 25
-    assert board.dropped == 51 - len(drawn) and "drew 50" in board.line.value
+    assert drawn == [0, 50] and board.dropped == 49 and "drew 50" in board.line.value
 
 
 def test_work_in_progress_is_shown():

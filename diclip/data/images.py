@@ -31,15 +31,15 @@ def read_image(path: Path) -> Tensor:
 def decode_image(data: bytes, *, name: str, most: int = 512) -> Tensor:
     """Read an image from a file's bytes, whoever sent it, as `read_image` does; `name` is for messages.
 
-    It is turned upright, as EXIF says, and scaled down to sides of at most `most`. Raises ValueError.
+    It is turned upright, as EXIF says if it can be read, and scaled down to sides of at most `most`. Raises ValueError.
     """
     if not data:
         raise ValueError(f"{name}: found 0 bytes, expected an image: choose the file again")
     image = _open(io.BytesIO(data), name, formats=FORMATS)
     try:
         image = ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError, TypeError, KeyError, StructError) as error:  # Pillow's, for damaged EXIF
-        raise ValueError(f"{name}: its EXIF data is damaged ({error}): save it again without") from None
+    except (OSError, SyntaxError, ValueError, TypeError, KeyError, StructError):
+        pass  # damaged EXIF says nothing about what is up: the picture stays as it is stored
     if image.mode == "P":
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     if max(image.size) > most and not image.mode.startswith(("I", "F")):

@@ -124,7 +124,7 @@ class CamExplorer:
     def _likeliest(self, photo: Photo, names: tuple[str, ...], *, count: int = 3) -> tuple[str, ...]:
         batch = self.studio.batch(photo, (), names)
         pooled = self.studio.clip.encode(batch.images, surgery_blocks=0, tokens=None, need_attention=False).pooled
-        texts = self.studio.clip.encode_text([self.studio.settings.template.format(name) for name in names])
+        texts = self.studio.clip.encode_text(self.studio.settings.vocabulary().prompts()[: len(names)])
         best = (F.normalize(pooled, dim=-1) @ texts.T)[0].topk(min(count, len(names))).indices
         return tuple(names[index] for index in best.tolist())
 

@@ -11,7 +11,7 @@ from diclip.explorers.board import STYLE, Board, Picker, choose, lacking, slider
 from diclip.explorers.cam import LADDERS, VIEWS, CamChoice, CamExplorer, CamView, refinements, words_of
 from diclip.explorers.core import Studio
 from diclip.explorers.pictures import HEATS
-from diclip.settings import shown
+from diclip.settings import for_method, shown
 from diclip.surgery import ATTENTIONS
 
 GROUPS = {
@@ -43,7 +43,8 @@ class _CamBoard:
         self.saved = widgets.HTML()
         controls = {**self.picker.controls, **self._system(start), **self._labels(start), **self._words(start)}
         self._enable(controls)
-        for name in ("method", "rung", "rule"):
+        controls["method"].observe(self._other_method, names="value")
+        for name in ("rung", "rule"):
             controls[name].observe(lambda change: self._enable(self.controls), names="value")
         for name in ("split", "index", "folder", "upload"):
             controls[name].observe(self._follow, names="value")
@@ -110,14 +111,20 @@ class _CamBoard:
             "background_words": widgets.Textarea(behind, description="background", rows=2, **wide),
         }
 
+    def _other_method(self, change: Any) -> None:
+        """Offer the new system's rungs, and what it has for the attention."""
+        method, rungs = change["new"], LADDERS[change["new"]]
+        keep, own = self.controls["rung"].value, for_method(self.studio.settings, method)
+        with self._quiet():
+            self.controls["rung"].options = rungs
+            self.controls["rung"].value = keep if keep in rungs else rungs[min(1, len(rungs) - 1)]
+            self.controls["attention"].value = own.attention
+            self.controls["surgery_blocks"].value = own.surgery_blocks
+        self._enable(self.controls)
+
     def _enable(self, controls: dict[str, Any]) -> None:
-        """Offer what the chosen system uses, and its rungs."""
-        method, rungs = controls["method"].value, LADDERS[controls["method"].value]
-        if tuple(controls["rung"].options) != rungs:
-            keep = controls["rung"].value
-            with self._quiet():
-                controls["rung"].options = rungs
-                controls["rung"].value = keep if keep in rungs else rungs[min(1, len(rungs) - 1)]
+        """Offer what the chosen system and rung use."""
+        method = controls["method"].value
         choice = CamChoice(method=method, rung=controls["rung"].value)
         raw = choice.rung not in ("caa", "rar")
         fixed = controls["rule"].value == "fixed" or (controls["rule"].value is None and raw)
