@@ -2,6 +2,8 @@
 
 from diclip.explorers.cam import CamChoice, CamExplorer
 from diclip.explorers.cam_board import explore_cams
+from diclip.explorers.composer import Piece, SceneChoice, SceneExplorer
+from diclip.explorers.composer_board import explore_scenes
 from diclip.explorers.core import Pick, Studio
 from diclip.explorers.patch import PatchChoice, PatchExplorer
 from diclip.explorers.patch_board import explore_patches
@@ -12,7 +14,11 @@ __all__ = [
     "PatchChoice",
     "PatchExplorer",
     "Pick",
+    "Piece",
+    "SceneChoice",
+    "SceneExplorer",
     "Studio",
     "explore_cams",
     "explore_patches",
+    "explore_scenes",
 ]

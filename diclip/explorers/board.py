@@ -74,7 +74,7 @@ class Board:
         return self.box._repr_mimebundle_(**options)
 
     def __repr__(self) -> str:
-        return f"<explorer: {', '.join(self.controls)}>"
+        return f"<explorer with {len(self.controls)} controls>"
 
     @contextmanager
     def quietly(self) -> Any:

@@ -69,6 +69,13 @@ def painted(labels: Any, shape: Sequence[int]) -> Pixels:
     return _label_colours()[np.asarray(ids)]
 
 
+def shaded(ids: Any, shape: Sequence[int]) -> Pixels:
+    """Return part ids (H, W), 0 nothing, 1 part, 2 body, as white, light and dark blue."""
+    shades = np.array([(255, 255, 255), (140, 200, 240), (0, 90, 150)], np.uint8)
+    image = Image.fromarray(_array(ids).astype(np.uint8))
+    return shades[np.asarray(image.resize((shape[1], shape[0]), Image.Resampling.NEAREST))]
+
+
 def colour_of(label: int) -> tuple[int, int, int]:
     """Return the colour of a class index in masks."""
     return tuple(_label_colours()[1 + label].tolist())
