@@ -5,12 +5,16 @@ from diclip.explorers.cam_board import explore_cams
 from diclip.explorers.composer import Piece, SceneChoice, SceneExplorer
 from diclip.explorers.composer_board import explore_scenes
 from diclip.explorers.core import Pick, Studio
+from diclip.explorers.diffusion import DiffusionChoice, DiffusionExplorer
+from diclip.explorers.diffusion_board import explore_diffusion
 from diclip.explorers.patch import PatchChoice, PatchExplorer
 from diclip.explorers.patch_board import explore_patches
 
 __all__ = [
     "CamChoice",
     "CamExplorer",
+    "DiffusionChoice",
+    "DiffusionExplorer",
     "PatchChoice",
     "PatchExplorer",
     "Pick",
@@ -19,6 +23,7 @@ __all__ = [
     "SceneExplorer",
     "Studio",
     "explore_cams",
+    "explore_diffusion",
     "explore_patches",
     "explore_scenes",
 ]

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
-
 import ipywidgets as widgets
-from ipyevents import Event
 
 from diclip.explorers.board import Board, Picker, choose, lacking, slider
 from diclip.explorers.core import Studio
 from diclip.explorers.patch import KINDS, PatchChoice, PatchExplorer
-from diclip.explorers.pictures import GAP, HEATS, SIDE, TITLE, fit
+from diclip.explorers.pictures import HEATS
+from diclip.explorers.pointer import Pointer
 
 GROUPS = {
     "Picture": ("split", "index", "folder", "upload"),
@@ -35,24 +31,17 @@ class _PatchBoard:
     def __init__(self, explorer: PatchExplorer, start: PatchChoice) -> None:
         self.explorer, self.studio = explorer, explorer.studio
         self.picker = Picker(self.studio, start.pick)
-        down, across = self.studio.clip.patch_size
-        size = self.studio.settings.image_size
-        self.grid = (size // down, size // across)
+        self.pointer = Pointer(self.studio, self.picker, start.row, start.column)
         self.controls = {
             **self.picker.controls,
-            "row": slider(widgets.IntSlider, "row", start.row, 0, self.grid[0] - 1, 1),
-            "column": slider(widgets.IntSlider, "column", start.column, 0, self.grid[1] - 1, 1),
-            "follow": widgets.Checkbox(False, description="follow the mouse", indent=False),
+            **self.pointer.controls,
             **self._models(start),
             "opacity": slider(widgets.FloatSlider, "opacity", start.opacity, 0, 1, 0.05),
             "colours": choose("colours", HEATS, start.colours),
         }
-        groups = {name: (*names, *(lacking(self.studio, name))) for name, names in GROUPS.items()}
+        groups = {name: (*names, *lacking(self.studio, name)) for name, names in GROUPS.items()}
         self.board = Board(self.controls, groups, read=self.read, draw=explorer.view)
-        watched = ["click", "mousemove"]
-        self.board.event = Event(source=self.board.picture, watched_events=watched, wait=60)
-        self.board.event.on_dom_event(self.pointed)
-        self.board.pointed = self.pointed
+        self.pointer.watch(self.board)
 
     def _models(self, start: PatchChoice) -> dict[str, widgets.Widget]:
         blocks, settings, off = self.studio.clip.blocks, self.studio.settings, self.studio.lacks_diffusion
@@ -82,27 +71,8 @@ class _PatchBoard:
         with self.board.quietly():
             self.controls["layer_head"].options = [("mean of heads", 0), *((str(n), n) for n in range(1, count + 1))]
 
-    def pointed(self, event: Mapping[str, Any]) -> None:
-        """Take the patch below the pointer: a click's, or a moving mouse's if it is to be followed."""
-        if event["type"] != "click" and not self.controls["follow"].value:
-            return
-        if event.get("dataX") is None:
-            return
-        height, width = self._panel()
-        x, y = event["dataX"] % (width + GAP), event["dataY"] - TITLE
-        if not (0 <= x < width and 0 <= y < height):
-            return
-        place = int(y / height * self.grid[0]), int(x / width * self.grid[1])
-        if place == (self.controls["row"].value, self.controls["column"].value):
-            return
-        with self.board.quietly():
-            self.controls["row"].value, self.controls["column"].value = place
-        self.board.request()
-
-    def _panel(self) -> tuple[int, int]:
-        return fit(self.studio.photo(self.picker.pick()).image, side=SIDE).shape[:2]
-
     def read(self) -> PatchChoice:
         """Return what the widgets say."""
-        values = {name: self.controls[name].value for name in self.controls if name not in (*Picker.names, "follow")}
-        return replace(PatchChoice(self.picker.pick()), **values)
+        others = (*Picker.names, *Pointer.names)
+        values = {name: control.value for name, control in self.controls.items() if name not in others}
+        return PatchChoice(self.picker.pick(), *self.pointer.place, **values)

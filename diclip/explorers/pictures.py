@@ -76,6 +76,13 @@ def shaded(ids: Any, shape: Sequence[int]) -> Pixels:
     return shades[np.asarray(image.resize((shape[1], shape[0]), Image.Resampling.NEAREST))]
 
 
+def stretched_colours(values: Any, shape: Sequence[int]) -> Pixels:
+    """Resize values (h, w, 3) in [0, 1] to (H, W), and take them for colours."""
+    return np.stack([stretch(channel, shape) * 255 for channel in _array(values).transpose(2, 0, 1)], -1).astype(
+        np.uint8
+    )
+
+
 def colour_of(label: int) -> tuple[int, int, int]:
     """Return the colour of a class index in masks."""
     return tuple(_label_colours()[1 + label].tolist())
