@@ -57,10 +57,10 @@ def test_every_distractor_is_one_more():
 def test_every_system_has_its_map(explorer):
     view = explorer.view(PAIR)
     assert "dog, sheep on grass" in view.line and view.doubts == ()
-    photo = explorer.studio.memo.made
-    assert photo["scene"] == 1 and photo["rungs"] == len(SHOWN) and photo["clip"] == 2  # Grad-CAM wants other tokens
+    made = explorer.studio.memo.made
+    assert made["scene"] == 1 and made["rungs"] == len(SHOWN) and made["clip"] == 3  # three systems, three attentions
     again = explorer.view(replace(PAIR, opacity=0.1))
-    assert photo["scene"] == 1 and photo["rungs"] == len(SHOWN)
+    assert made["scene"] == 1 and made["rungs"] == len(SHOWN)
     assert again.pixels.shape == view.pixels.shape and not np.array_equal(again.pixels, view.pixels)
 
 
