@@ -58,7 +58,11 @@ def lab(tmp_path_factory):
         yield f"http://127.0.0.1:{port}/lab/tree/08_explorer.ipynb?token={token}&reset"
     finally:
         server.terminate()
-        server.wait(60)
+        try:
+            server.wait(60)
+        except subprocess.TimeoutExpired:  # a kernel that does not answer would hold it for ever
+            server.kill()
+            server.wait()
 
 
 def _wait_for(address: str, server: subprocess.Popen, log: Path) -> None:
