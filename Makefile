@@ -48,11 +48,15 @@ results: .venv/ready  ## measure again every number and draw again every figure 
 	$(BIN)/diclip evaluate --split shift --json data/results/clip-shift.json
 	$(BIN)/diclip evaluate --split val --set minivoc_seed=7 --json data/results/clip-val-seed7.json
 	$(BIN)/diclip data difficulty --json data/results/difficulty.json
+	for m in clip-es excel; do $(BIN)/diclip evaluate --method $$m --split val --set baselines=false \
+		--json data/results/$$m-val.json || exit; done
 	$(BIN)/diclip evaluate --method diclip --split val --set ablate=true --json data/results/diclip-val.json
 	$(BIN)/diclip evaluate --method diclip --split shift --json data/results/diclip-shift.json
-	$(BIN)/diclip evaluate --method diclip --split val --set minivoc_seed=7 --json data/results/diclip-val-seed7.json
-	for n in 1 2; do $(BIN)/diclip evaluate --method diclip --split val --set seed=$$n --set baselines=false \
-		--json data/results/diclip-val-noise$$n.json || exit; done
-	$(BIN)/diclip effects --json data/results/effects.json
+	$(BIN)/diclip evaluate --method diclip --split val --set minivoc_seed=7 --set limit=300 \
+		--json data/results/diclip-val-seed7.json
+	for n in 0 1 2; do $(BIN)/diclip evaluate --method diclip --split val --set seed=$$n --set limit=300 \
+		--set baselines=false --json data/results/diclip-noise$$n.json || exit; done
+	$(BIN)/diclip effects --set limit=300 --json data/results/effects.json
 	$(BIN)/diclip judge --json data/results/judge.json
+	$(BIN)/diclip bench --preset voc --random-weights --json data/results/bench.json
 	$(BIN)/python -m diclip.figures

@@ -9,11 +9,12 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from diclip import __version__
 from diclip.runs import write_json
-from diclip.settings import PRESETS, ROOT, Settings, load_settings, shown
+from diclip.settings import METHODS, PRESETS, ROOT, Settings, load_settings, shown
 
 Result = dict[str, Any]
 
@@ -106,11 +107,13 @@ def data_minivoc(args: argparse.Namespace) -> Result:
 
 
 def data_check(args: argparse.Namespace) -> Result:
-    from diclip.data import dataset_folder
+    from diclip.data import dataset_folder, dataset_vocabulary
     from diclip.data.check import check_folder
 
-    folder = Path(args.folder) if args.folder else dataset_folder(_settings(args))
-    return {"folder": shown(folder.resolve()), "problems": check_folder(folder.resolve())}
+    settings = _settings(args)
+    folder = (Path(args.folder) if args.folder else dataset_folder(settings)).resolve()
+    classes = None if args.folder else dataset_vocabulary(settings).classes
+    return {"folder": shown(folder), "problems": check_folder(folder, class_names=classes)}
 
 
 def data_difficulty(args: argparse.Namespace) -> Result:
@@ -144,11 +147,14 @@ def parser() -> argparse.ArgumentParser:
         "--json", nargs="?", const="-", metavar="FILE", help="write the result as JSON; without FILE print it"
     )
     width = max(map(len, Settings.model_fields))
-    names = "\n".join(f"  {name:<{width}} {field.description}" for name, field in Settings.model_fields.items())
+    said = defaults()
+    names = "\n".join(
+        f"  {name:<{width}} {field.description} [{said[name]}]" for name, field in Settings.model_fields.items()
+    )
     top = argparse.ArgumentParser(
         prog="diclip",
         description=sys.modules["diclip"].__doc__,
-        epilog=f"settings:\n{names}",
+        epilog=f"settings [default; what presets and methods have instead]:\n{names}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=f"diclip {__version__}")
@@ -194,6 +200,33 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("folder", nargs="?", help="folder in VOC's layout (default: the settings' dataset)")
     command("difficulty", data_difficulty, "measure what comes for free on MiniVOC, without learning", within=data)
     return top
+
+
+def defaults() -> dict[str, str]:
+    """Say each setting's default, and where a preset or a method's paper has another."""
+    plain = {preset: load_settings(preset).model_dump(mode="json") for preset in PRESETS}
+
+    def text(value: Any) -> str:
+        if isinstance(value, (list, tuple)):
+            value = shorten(", ".join(map(str, value)), 56, placeholder=" …")
+        return "none" if value in ("", None) else str(value)
+
+    said = {}
+    for name, default in plain["mini"].items():
+        others: dict[str, list[str]] = {}
+        for preset, values in plain.items():
+            if name != "preset" and values[name] != default:
+                others.setdefault(text(values[name]), []).append(preset)
+        for method, changes in METHODS.items():
+            found = {preset: own.get(name, plain[preset][name]) for preset, own in changes.items()}
+            found = {preset: value for preset, value in found.items() if value != plain[preset][name]}
+            alike = len(found) == len(PRESETS) and len(set(found.values())) == 1
+            for preset, value in found.items():
+                others.setdefault(text(value), []).append(method if alike else f"{method} on {preset}")
+        said[name] = "; ".join(
+            [text(default), *(f"{', '.join(dict.fromkeys(who))}: {value}" for value, who in others.items())]
+        )
+    return said
 
 
 def _pair(text: str) -> tuple[str, str]:

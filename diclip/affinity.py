@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Literal
 
 import torch
@@ -135,12 +136,26 @@ def spread(maps: Maps, steps: Tensor) -> Maps:
     if steps.shape[1:] != (h * w, h * w):
         found, n = tuple(steps.shape), h * w
         raise ValueError(f"transitions are {found}, expected (B, {n}, {n}) for maps of {h}x{w}")
-    # One product a batch: map p is column `slot` of its image.
+    columns, place = by_column(maps, len(steps))
+    return maps.with_scores(advance(columns, steps)[place].unflatten(1, (h, w)))
+
+
+def by_column(maps: Maps, batch: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Lay maps (P, h, w) out for one product a batch: (batch, most of an image, h·w), and each map's place there.
+
+    What an image has less is 0; `columns[place]` are the maps again, (P, h·w).
+    """
     slot = (maps.image[:, None] == maps.image).tril(-1).sum(1)
-    columns = maps.scores.new_zeros(len(steps), int(slot.max()) + 1 if P else 1, h * w)
-    columns[maps.image, slot] = maps.scores.flatten(1)
-    taken = (columns @ steps.transpose(1, 2))[maps.image, slot]
-    return maps.with_scores(taken.unflatten(1, (h, w)))
+    columns = maps.scores.new_zeros(batch, int(slot.max()) + 1 if len(maps) else 1, prod(maps.scores.shape[1:]))
+    place = (maps.image, slot)
+    columns[place] = maps.scores.flatten(1)
+    return columns, place
+
+
+def advance(columns: Tensor, steps: Tensor) -> Tensor:
+    """Multiply steps (B, N, N) with maps (B, n, N), each a column; return them laid out as they came."""
+    # A CPU multiplies these layouts fastest: three maps in half the time of columns @ steps.mT.
+    return (steps @ columns.mT).mT.contiguous()
 
 
 def caa(

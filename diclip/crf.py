@@ -8,11 +8,16 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from itertools import zip_longest
+from multiprocessing import get_context
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+
+if TYPE_CHECKING:  # workers import this module, and need no torch
+    import torch
+    from torch import Tensor
 
 LEAST = 1e-5  # scores below it count as it: the logarithm of 0 would never be outvoted
 
@@ -53,7 +58,8 @@ def dense_crf(
     Scores need not sum to 1; `images` are (3, H, W) in [0, 1]. `to_labels` makes a mask of a posterior. With
     `workers` so many processes share the images, in order, and few are held at a time: both may be streams.
     Source: Krähenbühl and Koltun, NeurIPS 2011, with mean-field iterations; unary potential -log score. Raises
-    ValueError for what does not fit, and where the package is missing.
+    ValueError for what does not fit, for streams of unequal length, and where the package is missing. As for every
+    pool of processes, a script that asks for workers does so below `if __name__ == "__main__":`.
     """
     if isinstance(preset, str):
         if preset not in PRESETS:
@@ -61,18 +67,24 @@ def dense_crf(
         preset = PRESETS[preset]
     if workers < 0:
         raise ValueError(f"workers is {workers}, expected 0 or more")
-    if not find_spec("pydensecrf"):
-        raise ValueError("found no package for the dense CRF: pip install -e '.[crf]' (it needs a C++ compiler)")
+    check_installed()
     return _stream(scores, images, partial(_infer, preset), workers)
 
 
+def check_installed() -> None:
+    """Raise ValueError, in one line that says how to get it, where the package is missing."""
+    if not find_spec("pydensecrf"):
+        raise ValueError("found no package for the dense CRF: pip install -e '.[crf]' (it needs a C++ compiler)")
+
+
 def _stream(scores: Iterable[Tensor], images: Iterable[Tensor], infer: partial, workers: int) -> Iterator[Tensor]:
-    pairs = zip(scores, images, strict=True)
-    jobs = ((own.device, _arrays(index, own, image)) for index, (own, image) in enumerate(pairs))
+    pairs = enumerate(zip_longest(scores, images))
+    jobs = ((_device(index, *pair), _arrays(index, *pair)) for index, pair in pairs)
     if not workers:
-        yield from (torch.from_numpy(infer(*arrays)).to(device) for device, arrays in jobs)
+        yield from (_tensor(device, infer(*arrays)) for device, arrays in jobs)
         return
-    with ProcessPoolExecutor(workers) as pool:
+    # Never forked: a fork of a process whose torch has threads, or holds a GPU, can wait for ever on their locks.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         waiting = deque()
         for device, arrays in jobs:
             waiting.append((device, pool.submit(infer, *arrays)))
@@ -82,7 +94,21 @@ def _stream(scores: Iterable[Tensor], images: Iterable[Tensor], infer: partial, 
 
 
 def _collect(device: torch.device, future: Future) -> Tensor:
-    return torch.from_numpy(future.result()).to(device)
+    return _tensor(device, future.result())
+
+
+def _tensor(device: torch.device, posterior: NDArray[np.float32]) -> Tensor:
+    import torch
+
+    return torch.from_numpy(posterior).to(device)
+
+
+def _device(index: int, scores: Tensor | None, image: Tensor | None) -> torch.device:
+    """Return where an image's scores are, and its result is to be; refuse streams of which one has ended before."""
+    if scores is None or image is None:
+        ended, other = ("scores", "images") if scores is None else ("images", "scores")
+        raise ValueError(f"found {index} {ended} and more {other}, expected as many of both")
+    return scores.device
 
 
 def _arrays(index: int, scores: Tensor, image: Tensor) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:

@@ -6,6 +6,7 @@ Whatever a null can choose (how strong it is, which block it reads) is chosen fo
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,6 @@ from diclip.report import protocol
 from diclip.runs import environment
 from diclip.score import Metric, boundary_counts, image_counts, mean, miou, paired_interval, part_counts
 from diclip.settings import Settings, for_method
-from diclip.vocabulary import Vocabulary
 
 Counted = NDArray[Any]
 PARTS = ("intra", "vce", "vce colour", "vce place")
@@ -49,8 +49,9 @@ def measure_effects(settings: Settings, progress: Progress = silent) -> dict[str
     what it was measured. With the method `excel` it is what needs no diffusion model. Raises ValueError for a dataset
     without parts and objects, and what `build_method` raises.
     """
-    if settings.scales != (1.0,) or settings.flip:
-        raise ValueError("scales and flip are set, but effects are measured at a single scale: leave them out")
+    if settings.scales != (1.0,) or settings.flip or settings.refine != "none":
+        found = "scales, flip or refine is set"
+        raise ValueError(f"{found}, but effects are of maps at a single scale, before any pixels: leave them out")
     if settings.method == "excel":
         return text_enrichment(settings, progress)
     if settings.dataset != "minivoc":
@@ -77,7 +78,7 @@ def measure_effects(settings: Settings, progress: Progress = silent) -> dict[str
         return compare(metric, chosen, value=value, seed=settings.seed) | about | more
 
     several = {name: counts[tags > 1] for name, counts in scored.items()}
-    vce = ("vce", "intra", "vce colour", "vce place", "vce untrained")
+    vce = ("vce", "intra", "vce colour", "vce colour clustered", "vce place", "vce untrained")
     strengths = {"strengths": {"vce": settings.bias_strength} | {k: v[0] for k, v in beside.strengths.items()}}
     recall = {f"{name} {part}": parts[name][:, index] for name in PARTS for index, part in enumerate(("part", "body"))}
     effects = {
@@ -85,7 +86,7 @@ def measure_effects(settings: Settings, progress: Progress = silent) -> dict[str
         "visual correlation enhancement": effect("mIoU of raw maps", scored, *vce, **strengths),
         "the same at its published strength": effect("mIoU of raw maps", scored, "vce published", "intra"),
         "the same in scenes of several tags": effect("mIoU of raw maps", several, *vce, images=int((tags > 1).sum())),
-        "attention clustering refinement": effect("mIoU of raw maps", scored, "vce", "vce no clusters"),
+        "attention clustering refinement": effect("mIoU of raw maps", scored, "vce clusters", "vce no clusters"),
         "key-value memory": effect("mIoU of raw maps", scored, "tsa", "vce", "tsa shuffled"),
         "class-aware affinity": effect("mIoU, one minus max", scored, "caa", "tsa at 1 - max", "clip caa"),
         "recursive affinity refinement": effect("mIoU, one minus max", scored, "rar", "caa", "clip rar", "grabcut"),
@@ -191,9 +192,7 @@ def co_occurrence(
     count = min(scenes, len(open_dataset(settings, masks=False)))
     systems = {
         "": PlainCLIP(settings, method.clip),
-        ", no background words": PlainCLIP(
-            settings, method.clip, vocabulary=Vocabulary(method.vocabulary.classes, (), settings.template)
-        ),
+        ", no background words": PlainCLIP(settings, method.clip, vocabulary=replace(method.vocabulary, background=())),
     }
     wrong: dict[str, dict[str, list[Counted]]] = {name: {} for name in systems}
     for index in progress(range(count), desc="scenes on two places"):
@@ -286,6 +285,7 @@ def text_enrichment(settings: Settings, progress: Progress = silent) -> dict[str
             found[name].append(counts.cpu().numpy())
     counts = {name: np.concatenate(each) for name, each in found.items()}
     about = told(settings, len(counts["enriched"]))
+    about["attributes"] = f"{len(method.bank)} for {len(method.vocabulary.classes)} classes"
     return {"text enrichment": compare("patch-text accuracy", counts, value=share, seed=settings.seed) | about}
 
 

@@ -16,8 +16,10 @@ from diclip.baselines import grabcut
 from diclip.cam import Maps
 from diclip.compare import save_counts
 from diclip.data import Batch, VOCFolder, batches, open_dataset
+from diclip.data.images import VOID
 from diclip.data.voc import has_parts, part_ids
-from diclip.labels import BackgroundSweep, Rule, pseudo_labels
+from diclip.final import check_refinement, refiner
+from diclip.labels import BackgroundSweep, Rule, pseudo_labels, soft_labels, to_labels
 from diclip.methods import Method, Rungs, build_method
 from diclip.report import recognition, report
 from diclip.runs import environment
@@ -43,7 +45,9 @@ class Evaluation:
     `tuned` uses the background score that was best on `tune`, `one_minus_max` uses 1 - max; counts are
     (images, 1 + classes, 3). Both hold the ladder and what the system was compared with or left without; `tallies`
     hold what else was counted of the ladder under each rung's own rule. `similarity` and `tags` (images, classes)
-    tell how well CLIP names the images; `masks` is where masks come from that no method of ours made.
+    tell how well CLIP names the images; `masks` is where masks come from that no method of ours made. With a
+    refinement by pixels, "par" or "crf" is the last rung, under 1 - max alone; `sure` are the counts of the last
+    labels' pixels that are as sure as the settings' `confidence`.
     """
 
     settings: Settings
@@ -60,6 +64,7 @@ class Evaluation:
     tags: NDArray[np.bool_] | None = None
     tallies: dict[str, Tally] = field(default_factory=dict)
     masks: str | None = None
+    sure: Counts | None = None
     versions: dict[str, Any] = field(default_factory=environment)
 
     def rule(self, name: str) -> Mapping[str, Counts]:
@@ -78,13 +83,14 @@ def measure(settings: Settings, progress: Progress = silent, *, method: Method |
     Memory does not grow with the images but for their counts. Raises ValueError and FileNotFoundError, in one
     line each, for data and weights that cannot be used.
     """
+    check_refinement(settings)
     method = method or build_method(settings)
     background = choose_background(settings, method, progress)
     dataset = open_dataset(settings)
     if not len(dataset):
         raise ValueError(f"shard {settings.shard_index} of split {settings.split!r} has no images: use fewer shards")
     classes = dataset.class_names
-    counter = _Counter(method, dataset, background)
+    counter = _Counter(settings, method, dataset, background)
     names, similarity, tags = [], [], []
     for batch in progress(loader(dataset, settings), desc=f"{settings.method} on {settings.split}"):
         parts = [part_ids(dataset, name) if has_parts(dataset) else None for name in batch.names]
@@ -99,26 +105,31 @@ def measure(settings: Settings, progress: Progress = silent, *, method: Method |
         settings=settings,
         names=names,
         classes=classes,
-        ladder=(*method.raw, *method.refined),
-        refined=method.refined,
+        ladder=counter.ladder,
+        refined=counter.ladder[len(method.raw) :],
         ablations=tuple(name for name in method.ablations if name in one_minus_max),
-        background={rung: background[rung] for rung in one_minus_max},
+        background={rung: background[rung] for rung in one_minus_max if rung in background},
         tuned=counter.ledgers["fixed"],
         one_minus_max=one_minus_max,
         baselines=baselines | {name: one_minus_max[name] for name in method.baselines},
         similarity=np.concatenate(similarity),
         tags=np.concatenate(tags),
         tallies=counter.tallies,
+        sure=counter.sure.get("sure"),
     )
 
 
 class _Counter:
     """Count all maps of a method's batches under both background rules, those of the ladder closely under its own."""
 
-    def __init__(self, method: Method, dataset: VOCFolder, background: Mapping[str, float]) -> None:
-        self.method, self.background, self.classes = method, background, len(dataset.class_names)
+    def __init__(self, settings: Settings, method: Method, dataset: VOCFolder, background: Mapping[str, float]) -> None:
+        self.settings, self.method, self.dataset, self.background = settings, method, dataset, background
+        self.classes = len(dataset.class_names)
+        by_pixels = () if settings.refine == "none" else (settings.refine,)
+        self.ladder = (*method.raw, *method.refined, *by_pixels)
         self.ledgers = {rule: Ledger(self.classes) for rule in ("fixed", "one_minus_max")}
-        self.tallies = {name: Tally(self.classes) for name in (*method.raw, *method.refined)}
+        self.tallies = {name: Tally(self.classes) for name in self.ladder}
+        self.sure = Ledger(self.classes)
 
     def add(self, rung: str, maps: Maps, batch: Batch, parts: Sequence[torch.Tensor | None]) -> None:
         for rule, ledger in self.ledgers.items():
@@ -130,6 +141,24 @@ class _Counter:
                     ledger.add(rung, self.tallies[rung].add(mask.cpu(), truth, ids))
                 else:
                     ledger.add(rung, image_counts(mask.cpu(), truth, num_classes=self.classes))
+        if rung == (*self.method.raw, *self.method.refined)[-1]:
+            self.finish(rung, maps, batch, parts)
+
+    def finish(self, rung: str, maps: Maps, batch: Batch, parts: Sequence[torch.Tensor | None]) -> None:
+        """Count the last rung's labels after refinement by pixels, and the sure ones alone, as the settings ask for."""
+        chosen = self.settings
+        if chosen.refine == "none" and not chosen.confidence:
+            return
+        how = {"rule": own_rule(self.method, rung), "score": self.background[rung], "restretch": self.method.restretch}
+        soft = soft_labels(maps, batch.sizes, refine=refiner(chosen, self.dataset, batch.names), **how)
+        for (scores, label), truth, ids in zip(soft, batch.masks, parts, strict=True):
+            if chosen.refine != "none":
+                counts = self.tallies[chosen.refine].add(to_labels(scores, label).cpu(), truth, ids)
+                self.ledgers["one_minus_max"].add(chosen.refine, counts)
+            if chosen.confidence:
+                mask = to_labels(scores, label, confidence=chosen.confidence).cpu()
+                truth = truth.masked_fill(mask == VOID, VOID)
+                self.sure.add("sure", image_counts(mask, truth, num_classes=self.classes))
 
 
 def own_rule(method: Method, rung: str) -> Rule:

@@ -32,22 +32,24 @@ def minivoc(path: Path, *, rows: int = 4, columns: int = 8) -> None:
 
 
 def cams(path: Path, *, count: int = 5) -> None:
-    """Draw the rungs of plain CLIP on the first scenes of val that have one tag or two, not picked by hand.
+    """Draw the rungs of DiCLIP on the first scenes of val that have one tag or two, not picked by hand.
 
-    Maps are of the first tag, each stretched to [0, 1]; below are the labels of `intra`, and the truth.
+    Maps are of the first tag, each stretched to [0, 1]; below are the labels of `intra` and `rar`, and the truth.
     """
-    settings = load_settings()
+    settings = load_settings(method="diclip")
     method, dataset = build_method(settings), open_dataset(settings)
     few = [i for i, name in enumerate(dataset.names) if len(dataset.tags(name)) < 3][:count]
     batch = collate([dataset[i] for i in few], image_size=settings.image_size)
     background = choose_background(settings, method)
     kinds, labels = {}, {}
     for rung, maps in method.rungs(batch):
+        if rung in method.baselines:
+            continue
         rule = "one_minus_max" if rung in method.refined else "fixed"
         labels[rung] = pseudo_labels(maps, batch.sizes, rule=rule, score=background[rung])
         firsts = [next(p for p in range(len(maps)) if maps.image[p] == b) for b in range(len(batch))]
         kinds[rung] = minmax(maps.scores, (-2, -1))[firsts]
-    masks = {"labels of intra": labels["intra"], "truth": batch.masks}
+    masks = {f"labels of {rung}": labels[rung] for rung in ("intra", "rar")} | {"truth": batch.masks}
     names = [", ".join(method.vocabulary.classes[tag] for tag in tags) for tags in batch.tags]
     pictures = [dataset[i].image for i in few]
     figure = plots.rung_table(pictures, kinds, masks, names=names)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from diclip.cam import Maps, minmax, resize
 
 Rule = Literal["one_minus_max", "fixed"]
+Refine = Callable[[list[Tensor]], Iterable[Tensor]]
 
 
 def upsample(
@@ -59,6 +60,29 @@ def to_labels(scores: Tensor, label: Tensor, *, confidence: float = 0.0, ignore:
     return mask.masked_fill(scores.amax(0) < confidence * scores.sum(0), ignore)
 
 
+def soft_labels(
+    maps: Maps,
+    sizes: Sequence[tuple[int, int]],
+    *,
+    rule: Rule = "one_minus_max",
+    power: float = 1.0,
+    score: float = 0.5,
+    stretch: bool = True,
+    restretch: bool = False,
+    refine: Refine | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield each image's scores with background (1 + n, H, W) at its own size, and its class indices (n,).
+
+    They are what `to_labels` takes; `refine` is as `pseudo_labels` has it.
+    """
+    full, labels = [], []
+    for index, size in enumerate(sizes):
+        scores, label = upsample(maps, index, size, stretch=stretch, restretch=restretch)
+        full.append(with_background(scores, rule=rule, power=power, score=score))
+        labels.append(label)
+    yield from zip(full if refine is None else refine(full), labels, strict=True)
+
+
 def pseudo_labels(
     maps: Maps,
     sizes: Sequence[tuple[int, int]],
@@ -69,7 +93,7 @@ def pseudo_labels(
     stretch: bool = True,
     restretch: bool = False,
     confidence: float = 0.0,
-    refine: Callable[[list[Tensor]], Iterable[Tensor]] | None = None,
+    refine: Refine | None = None,
 ) -> list[Tensor]:
     """Return a mask (H, W), int64, for each image at its own (height, width); without tags all background.
 
@@ -79,14 +103,9 @@ def pseudo_labels(
         pseudo_labels(maps, sizes, refine=lambda scores: par(scores, images))
         pseudo_labels(maps, sizes, refine=lambda scores: dense_crf(scores, photographs))  # images at `sizes`
     """
-    full, labels = [], []
-    for index, size in enumerate(sizes):
-        scores, label = upsample(maps, index, size, stretch=stretch, restretch=restretch)
-        full.append(with_background(scores, rule=rule, power=power, score=score))
-        labels.append(label)
-    refined = full if refine is None else refine(full)
-    pairs = zip(refined, labels, strict=True)
-    return [to_labels(scores, label, confidence=confidence) for scores, label in pairs]
+    how = {"rule": rule, "power": power, "score": score, "stretch": stretch, "restretch": restretch}
+    soft = soft_labels(maps, sizes, refine=refine, **how)
+    return [to_labels(scores, label, confidence=confidence) for scores, label in soft]
 
 
 class BackgroundSweep:

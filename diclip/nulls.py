@@ -19,8 +19,8 @@ from diclip.memory import Memory
 from diclip.methods.diclip import DiCLIP, Seen
 from diclip.methods.excel import ExCEL
 
-STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0)  # of a bias, tried for each null
-NULLS = ("colour", "place", "untrained", "no clusters")
+STRENGTHS = (1.0, 3.0, 9.0, 20.0)  # of a bias, tried for each null
+NULLS = ("colour", "colour clustered", "place", "untrained", "clusters", "no clusters")
 RAW = (
     "clip",
     "intra",
@@ -110,16 +110,16 @@ class Beside:
             return method.encode(batch, bias=bias, need_attention=False)
 
         coarse, fine, fine_grid = method.walked(batch)
-        clustered = method.clustered(coarse, batch)
-        plain = method.encode(batch)
-        seen = Seen(plain, biased(method.settings.bias_strength * clustered), fine, fine_grid)
+        biases = self.biases(batch, coarse)
+        plain, own = method.encode(batch), biases["clusters" if method.settings.acr else "no clusters"]
+        seen = Seen(plain, biased(method.settings.bias_strength * own), fine, fine_grid)
         clip = pack(method.cam(plain.plain_patches, plain.pooled, plain.grid), batch.tags)
         yield "clip", clip
         yield "intra", self.map(plain, batch)
         yield "identity", self.map(method.encode(batch, attention="identity", need_attention=False), batch)
         yield "vce", self.map(seen.biased, batch)
-        yield "vce published", self.map(biased(clustered), batch)
-        for null, bias in self.biases(batch, coarse).items():
+        yield "vce published", self.map(biased(biases["clusters"]), batch)
+        for null, bias in biases.items():
             for strength in self.strengths[null]:
                 yield self.title(null, strength), self.map(biased(strength * bias), batch)
         tsa = method.map(seen, batch, without=("caa", "rar"))
@@ -133,12 +133,15 @@ class Beside:
             yield f"{name}rar", method.refine(spread, seen, without=("caa",))
 
     def biases(self, batch: Batch, coarse: Tensor) -> dict[str, Tensor]:
-        """Return what stands in the place of the clustered correlation, each (B, N, N)."""
+        """Return what stands in the place of the correlation, and itself with clusters and without: (B, N, N) each."""
         method = self.method
+        colour = method.walked_colours(batch)
         return {
-            "colour": method.clustered(method.walked_colours(batch), batch),
+            "colour": colour,
+            "colour clustered": method.clustered(colour, batch),
             "place": place_affinity(method.grid(batch)).expand(len(batch), -1, -1).to(coarse),
-            "untrained": method.clustered(method.walked(batch, diffusion=self.untrained)[0], batch),
+            "untrained": method.walked(batch, diffusion=self.untrained)[0],
+            "clusters": method.clustered(coarse, batch),
             "no clusters": coarse,
         }
 

@@ -27,6 +27,11 @@ def _picture(image: Any) -> np.ndarray:
     return np.clip(image.transpose(1, 2, 0), 0, 1) if image.shape[0] == 3 and image.ndim == 3 else image
 
 
+def show_picture(axis: Axes, image: Any) -> None:
+    """Show (3, H, W) float in [0, 1] or (H, W, 3) uint8."""
+    axis.imshow(_picture(image), interpolation="nearest")
+
+
 def panels(rows: int, columns: int, *, side: float = 1.9, titles: bool = True) -> tuple[Figure, np.ndarray]:
     """Return a figure with (rows, columns) axes without ticks."""
     figure = Figure(figsize=(columns * side, rows * (side + 0.25 * titles)), layout="compressed", dpi=100)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from diclip.final import refinement
 from diclip.score import Counts, interval, miou, paired_interval, summary, tag_average_precision
 from diclip.settings import Settings
 from diclip.tally import extremes
@@ -23,7 +24,8 @@ def report(found: Evaluation) -> dict[str, Any]:
         return np.random.default_rng(found.settings.seed)
 
     rungs = {name: found.rung(name) for name in found.ladder}
-    whole = rungs[found.ladder[-1]]
+    # Ablations stop before any refinement by pixels, and so does what they are compared with.
+    whole = rungs[[name for name in found.ladder if name != found.settings.refine][-1]]
     spread = {name: interval(counts, generator=rng()) for name, counts in rungs.items()}
     gains = {}
     for before, after in zip(found.ladder, found.ladder[1:], strict=False):
@@ -39,6 +41,7 @@ def report(found: Evaluation) -> dict[str, Any]:
         "baselines": {name: round(x.value, 2) for name, x in baselines.items()},
         "baseline_intervals": {name: [round(x.low, 2), round(x.high, 2)] for name, x in baselines.items()},
         "lost": {name: [round(v, 2) for v in x] for name, x in lost.items()},
+        "sure": sure(found, rungs[found.ladder[-1]]),
         "recognition": recognised(found),
         "background_on_tune": found.background,
         "miou_tuned_background": _mious(found.tuned),
@@ -70,6 +73,19 @@ def details(found: Evaluation, rungs: dict[str, Counts]) -> dict[str, Any]:
     }
 
 
+def sure(found: Evaluation, counts: Counts) -> dict[str, float]:
+    """Return what share of the last labels' pixels, `counts`, is as sure as was asked for, and their mIoU alone.
+
+    Leaving out what is hard makes any score better: this is how good labels are to learn from, not a result.
+    """
+    if found.sure is None:
+        return {}
+    spread = interval(found.sure, generator=np.random.default_rng(found.settings.seed))
+    kept = 100 * found.sure[..., 2].sum() / counts[..., 2].sum()
+    rates = {"pixels kept": kept, "mIoU of these": spread.value, "low": spread.low, "high": spread.high}
+    return {"confidence": found.settings.confidence, **{name: round(float(x), 2) for name, x in rates.items()}}
+
+
 def protocol(settings: Settings, versions: dict[str, Any], *, images: int, masks: str | None = None) -> dict[str, str]:
     """Return in words how a number came about: what has to stand beside it, wherever it is shown.
 
@@ -78,7 +94,7 @@ def protocol(settings: Settings, versions: dict[str, Any], *, images: int, masks
     where = origin(settings, versions, images=images)
     run = {"versions": where.pop("versions")}
     if masks is not None:
-        unknown = dict.fromkeys(("scales", "flip", "CRF", "seeds", "masks used for choosing"), "not known")
+        unknown = dict.fromkeys(("scales", "flip", "PAR", "CRF", "seeds", "masks used for choosing"), "not known")
         return {**where, "masks": masks, **unknown, **run}
     own = " (the images that are scored)" if settings.tune_split == settings.split else ""
     chosen = f"{settings.tune_split}{own}, for background scores"
@@ -87,7 +103,7 @@ def protocol(settings: Settings, versions: dict[str, Any], *, images: int, masks
         "tags": "given",
         "scales": f"{', '.join(f'{scale:g}' for scale in settings.scales)} of {settings.image_size} px",
         "flip": settings.flip_join if settings.flip else "no",
-        "CRF": "no",
+        **refinement(settings),
         "seeds": f"{settings.seed} (one run)",
         "masks used for choosing": chosen if settings.background == "sweep" else "none",
         **run,
@@ -123,6 +139,7 @@ def on_screen(result: dict[str, Any]) -> dict[str, Any]:
         "protocol": result["protocol"],
         "mIoU in per cent, 95 % bootstrap over images": rows,
         **({"what each part is worth, paired bootstrap": lost} if lost else {}),
+        **({"labels that are sure, in per cent": result["sure"]} if result.get("sure") else {}),
         **closely(result),
         **({"recognition in per cent": result["recognition"]} if result["recognition"] else {}),
     }

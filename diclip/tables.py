@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from diclip.bench import bench_table
 from diclip.runs import replacing
-from diclip.settings import ROOT
+from diclip.settings import ROOT, shown
 
 RESULTS = ROOT / "data/results"
 SPLITS = {"val": "val", "val-seed7": "other scenes (`minivoc_seed=7`)", "shift": "shift: new outlines and materials"}
-NOISE = ("diclip-val", "diclip-val-noise1", "diclip-val-noise2")  # other draws of the diffusion model's noise
+NOISE = ("diclip-noise0", "diclip-noise1", "diclip-noise2")  # other draws of the diffusion model's noise
 RUNGS = {
     "clip": "`clip`: CLIP's own patches",
     "intra": "`intra`: + intra-correlation",
@@ -21,6 +22,17 @@ RUNGS = {
     "tsa": "`tsa`: + a memory of generated pictures",
     "caa": "`caa`: + class-aware affinity",
     "rar": "`rar`: + recursive affinity",
+    "gradcam": "`gradcam`: softmax Grad-CAM",
+    "tse": "`tse`: + attributes in the texts",
+    "par": "`par`: + pixel-adaptive refinement",
+    "crf": "`crf`: + dense CRF",
+}
+# Each system's last raw and last refined rung.
+SYSTEMS = {
+    "clip": ("intra", "caa"),
+    "clip-es": ("gradcam", "caa"),
+    "excel": ("tse", "caa"),
+    "diclip": ("tsa", "rar"),
 }
 BASELINES = {
     "grabcut": "saliency + GrabCut + tags",
@@ -81,11 +93,12 @@ def diclip_table(results: Path = RESULTS) -> str:
     """Lay out DiCLIP's ladder, the gain of each step, and how much the draw of noise matters."""
     found = [read(f"diclip-{name}", results) for name in SPLITS]
     lines, rungs = ladder(found), list(found[0]["ladder"])
-    noise = [read(name, results)["ladder"] for name in NOISE]
-    extra = ["gain on val by the step before", "three draws of noise, val", "---", "---"]
+    runs = [read(name, results) for name in NOISE]
+    noise = [each["ladder"] for each in runs]
+    extra = ["gain over the step before, val", f"three draws of noise, first {runs[0]['images']} images", "---", "---"]
     for rung in rungs:
         step = next((g for name, g in found[0]["gains"].items() if name.endswith(f" to {rung}")), None)
-        extra.append("" if step is None else f"{step[0]:+.1f} ({step[1]:+.1f} to {step[2]:+.1f})")
+        extra.append("" if step is None else _gain(step[0], step[1:]))
         values = [each[rung] for each in noise]
         extra.append(f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}")
     extra += [""] * (2 * len(lines) - len(extra))
@@ -95,28 +108,64 @@ def diclip_table(results: Path = RESULTS) -> str:
     )
 
 
-def effects_table(results: Path = RESULTS) -> str:
-    """Lay out each idea's effect against its strongest null."""
-    lines = [row("idea", "measured as", "with", "without", "strongest null", "with less null"), "|---|" + "---|" * 5]
-    for idea, effect in read("effects", results).items():
-        low, high = effect["interval"]
-        null = "–" if effect["null"] is None else f"{effect['null']:.1f} ({effect['null_is']})"
-        gain = effect["with"] - (effect["without"] if effect["null"] is None else effect["null"])
-        without = f"{effect['without']:.1f} ({effect['without_is']})"
-        lines.append(
-            row(
-                idea,
-                effect["metric"],
-                f"{effect['with']:.1f}",
-                without,
-                null,
-                f"{gain:+.1f} ({low:+.1f} to {high:+.1f})",
-            )
+def systems_table(results: Path = RESULTS) -> str:
+    """Lay all systems out side by side, those that are stored: the last raw rung, the last refined, then by pixels.
+
+    Raises FileNotFoundError, in one line, if none is there, and ValueError if they are of different images.
+    """
+    found = {name: read(f"{name}-val", results) for name in SYSTEMS if (results / f"{name}-val.json").is_file()}
+    if not found:
+        raise FileNotFoundError(f"{shown(results)} holds no result of any system: write them with `make results`")
+    sizes = {f"{r['settings']['split']}, {r['images']} images" for r in found.values()}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{shown(results)} holds results of {' and of '.join(sorted(sizes))}: evaluate all on the same"
         )
+    by_pixels = [rung for rung in ("par", "crf") if any(rung in r["ladder"] for r in found.values())]
+    titles = {"par": "then PAR", "crf": "then dense CRF"}
+    lines = [row(f"system; {sizes.pop()}", "last raw rung", "last refined rung", *map(titles.get, by_pixels))]
+    lines.append("|---|---|---|" + "---|" * len(by_pixels))
+    for name, result in found.items():
+        cells = [f"`{rung}` {_reached(result, rung)}" for rung in SYSTEMS[name]]
+        lines.append(row(f"`{name}`", *cells, *(_reached(result, rung) for rung in by_pixels)))
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {"ladder": clip_table, "diclip": diclip_table, "effects": effects_table}
+def _reached(result: dict[str, Any], rung: str) -> str:
+    ladder = result["ladder"]
+    return spread(ladder[rung], result["intervals"][rung]) if rung in ladder else "–"
+
+
+def effects_table(results: Path = RESULTS) -> str:
+    """Lay out each idea's effect against its strongest null."""
+    titles = ("idea", "measured as", "with", "without", "gain", "strongest null", "gain over it")
+    lines = [row(*titles), "|---|" + "---|" * (len(titles) - 1)]
+    for idea, effect in read("effects", results).items():
+        own, without, null = effect["with"], effect["without"], effect["null"]
+        cells = [f"{own:.1f}", f"{without:.1f} ({effect['without_is']})", _gain(own - without, effect["over_without"])]
+        beside = (
+            ["–"] * 2 if null is None else [f"{null:.1f} ({effect['null_is']})", _gain(own - null, effect["interval"])]
+        )
+        lines.append(row(idea, effect["metric"], *cells, *beside))
+    return "\n".join(lines)
+
+
+def _gain(value: float, interval: Sequence[float]) -> str:
+    return f"{value:+.1f} ({interval[0]:+.1f} to {interval[1]:+.1f})"
+
+
+def speed_table(results: Path = RESULTS) -> str:
+    """Lay out what `diclip bench` measured at real size."""
+    return bench_table(read("bench", results))
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "ladder": clip_table,
+    "systems": systems_table,
+    "diclip": diclip_table,
+    "effects": effects_table,
+    "speed": speed_table,
+}
 
 
 def update_readme(path: Path = ROOT / "README.md") -> None:

@@ -1,10 +1,14 @@
 """Test the dense CRF: what it keeps, what it moves, several processes, bad input, and a missing package."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from diclip.crf import CRF, PRESETS, dense_crf
 from diclip.labels import to_labels
+from diclip.settings import ROOT
 
 
 @pytest.fixture
@@ -79,7 +83,8 @@ def test_bad_input_is_said_in_one_line(crf):
         (lambda: crf([scores], [255 * image]), "expected 0 to 1"),
         (lambda: crf([scores - 1], [image]), "found scores from -"),
         (lambda: crf([broken], [image]), "found scores from nan"),
-        (lambda: crf([scores, scores], [image]), "shorter"),
+        (lambda: crf([scores, scores], [image]), "found 1 images and more scores, expected as many of both"),
+        (lambda: crf([scores], [image, image]), "found 1 scores and more images"),
         (lambda: CRF(1, 3, 0, 3, 4), "above 0"),
     ):
         with pytest.raises(ValueError, match=message) as error:
@@ -92,3 +97,9 @@ def test_a_missing_package_is_said_before_anything_is_read(monkeypatch):
     with pytest.raises(ValueError, match="pip install -e") as error:
         dense_crf(iter([]), iter([]))
     assert "\n" not in str(error.value)
+
+
+def test_workers_start_without_torch():
+    """It would cost each of them seconds and hundreds of megabytes."""
+    code = "import sys, diclip.crf; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

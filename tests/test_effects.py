@@ -11,7 +11,7 @@ from diclip.data import batches, open_dataset
 from diclip.diffusion import load_diffusion
 from diclip.memory import Memory
 from diclip.methods import build_method
-from diclip.nulls import NULLS, RAW, REFINED, Beside, shuffled, untrained
+from diclip.nulls import NULLS, RAW, REFINED, STRENGTHS, Beside, shuffled, untrained
 from diclip.remember import key_features, remember_crops
 from diclip.score import mean, paired_interval
 from diclip.settings import load_settings
@@ -42,10 +42,10 @@ def test_the_maps_of_diclip_are_its_own(beside, batch):
         torch.testing.assert_close(found[name].scores, own[name].scores)
     torch.testing.assert_close(found["clip rar"].scores, own["clip_rar"].scores)
     assert set(RAW) | set(REFINED) <= {*found, *(f"vce {null}" for null in NULLS)}
-    strong = {null: found[f"vce {null} x 8.0"].scores for null in NULLS}
+    strong = {null: found[f"vce {null} x {STRENGTHS[-1]}"].scores for null in NULLS}
     for null, scores in strong.items():
-        assert not torch.allclose(scores, found[f"vce {null} x 0.5"].scores), null
-    assert len({round(float(scores.double().sum()), 6) for scores in strong.values()}) == 4
+        assert not torch.allclose(scores, found[f"vce {null} x {STRENGTHS[0]}"].scores), null
+    assert len({round(float(scores.double().sum()), 6) for scores in strong.values()}) == len(NULLS)
 
 
 def test_a_strength_multiplies_the_bias(settings, beside, batch):
@@ -104,7 +104,7 @@ def test_the_table(settings, monkeypatch):
     assert found["visual correlation enhancement"]["images"] == 6
     assert found["the same in scenes of several tags"]["images"] < 6
     assert found["visual correlation enhancement"]["strengths"]["vce"] == 3.0
-    assert set(found["visual correlation enhancement"]["nulls"]) == {"vce colour", "vce place", "vce untrained"}
+    assert set(found["visual correlation enhancement"]["nulls"]) == {f"vce {null}" for null in NULLS[:4]}
     assert found["key-value memory"]["without"] == found["visual correlation enhancement"]["with"]
     assert {"value", "over_without"} == set(found["key-value memory"]["ceiling"])
     for name in ("co-occurrence", "co-occurrence, no background words"):
@@ -118,7 +118,7 @@ def test_the_table(settings, monkeypatch):
 def test_other_datasets_are_refused(settings):
     with pytest.raises(ValueError, match="expected minivoc"):
         effects.measure_effects(settings.model_copy(update={"dataset": "voc"}))
-    with pytest.raises(ValueError, match="effects are measured at a single scale"):
+    with pytest.raises(ValueError, match="effects are of maps at a single scale"):
         effects.measure_effects(settings.model_copy(update={"flip": True}))
 
 

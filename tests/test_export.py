@@ -93,6 +93,7 @@ def test_faults_are_one_line(settings, tiny_world, tmp_path, capsys, monkeypatch
     out = str(tmp_path / "out")
     assert "export format is 'coco', expected voc: --export voc FOLDER" in complaint("--export", "coco", out)
     assert "rung is 'rar', expected one of clip, intra, caa" in complaint("--export", "voc", out, "--rung", "rar")
+    assert "num_shards is 2, expected 1" in complaint("--export", "voc", out, "--set", "num_shards=2")
     (world / "minivoc-0/ImageSets/Segmentation/test.txt").write_text("val_00000\nval_00001\n")
     (world / "minivoc-0/tags.json").write_text("{}")
     assert "has no entry 'val_00000'" in complaint("--export", "voc", out, "--split", "test")

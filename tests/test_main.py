@@ -52,6 +52,9 @@ def test_help_lists_commands_and_settings(capsys):
     assert stop.value.code == 0
     for word in ("demo", "run", "evaluate", "pretrain", "data", "tau_box", "background_words"):
         assert f"  {word} " in out
+    assert "earns a box (CAA) [0.79; coco: 0.88; clip-es on mini, clip-es on voc: 0.4; clip-es on coco: 0.7]\n" in out
+    assert "[clip; voc, coco: imagenet; clip-es on voc, clip-es on coco: clip]\n" in out
+    assert "averages [6; diclip on mini: 2; clip-es: 8]\n" in out and "path [qq+2kk; excel: qkv]\n" in out
 
 
 def test_evaluate_passes_settings_and_prints_what_fits_a_screen(fake, capsys):
@@ -62,7 +65,7 @@ def test_evaluate_passes_settings_and_prints_what_fits_a_screen(fake, capsys):
         seen.append(settings)
         return {**REPORT, "settings": settings.model_dump(mode="json")}
 
-    fake("diclip.evaluate", evaluate=evaluate)
+    fake("diclip.evaluate", evaluate=evaluate, silent=None)
     arguments = ["evaluate", "--preset", "voc", "--set", "split=train", "--set", "clip_pretrained=none", "--ablate"]
     assert main([*arguments, "--set", "background_words=sky,grass"]) == 0
     expected = {"split": "train", "clip_pretrained": None, "background_words": ("sky", "grass"), "ablate": True}
@@ -147,7 +150,7 @@ def test_errors_are_one_line(fake, capsys, error):
     def evaluate(settings, progress, counts):
         raise error
 
-    fake("diclip.evaluate", evaluate=evaluate)
+    fake("diclip.evaluate", evaluate=evaluate, silent=None)
     assert main(["evaluate"]) == 2
     assert capsys.readouterr() == ("", "diclip: no such thing\n")
 
@@ -245,7 +248,7 @@ def demo(fake, monkeypatch, tmp_path):
         return folder / path.name
 
     def run(evaluate):
-        fake("diclip.evaluate", evaluate=evaluate)
+        fake("diclip.evaluate", evaluate=evaluate, silent=None)
         monkeypatch.delitem(sys.modules, "diclip.demo", raising=False)
         import diclip.demo
 

@@ -10,7 +10,7 @@ from diclip.data import Batch
 from diclip.methods import build_method
 from diclip.methods.clip import PlainCLIP
 from diclip.settings import load_settings
-from diclip.vocabulary import VOC, Vocabulary
+from diclip.vocabulary import COCO_CLASSES, VOC, Vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,15 @@ def test_prompts_are_the_classes_and_then_the_background(clip):
     assert method.vocabulary.prompts()[20:] == ["a clean origami sky.", "a clean origami grass."]
     own = PlainCLIP(load_settings(), clip, vocabulary=Vocabulary(("cat", "dog"), ("sky",)))
     assert own.texts.shape == (3, 128)
+
+
+def test_classes_are_those_of_the_dataset(clip, tmp_path):
+    coco = build_method(load_settings(dataset="coco", data_root=str(tmp_path)), clip)
+    assert coco.vocabulary.classes == COCO_CLASSES and coco.texts.shape == (80 + 25, 128)
+    (tmp_path / "VOCdevkit/VOC2012").mkdir(parents=True)
+    (tmp_path / "VOCdevkit/VOC2012/classes.txt").write_text("sofa\npolar bear\n")
+    own = build_method(load_settings(dataset="voc", data_root=str(tmp_path)), clip)
+    assert own.vocabulary.classes == ("sofa", "polar bear")
     assert dict(own.rungs(batch(tags=((1,),))))["intra"].scores.shape == (1, 8, 8)
 
 

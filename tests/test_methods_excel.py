@@ -125,6 +125,7 @@ def test_the_effect_of_enrichment_counts_patches_inside_objects(settings, method
     nulls = {"shuffled sentences", "shuffled attributes", "mean attribute"}
     assert set(effect["nulls"]) == nulls and effect["null_is"] in nulls and effect["without_is"] == "plain names"
     assert (effect["split"], effect["images"], effect["metric"]) == ("val", 6, "patch-text accuracy")
+    assert effect["attributes"] == "20 for 20 classes"
     assert effect["interval"][0] <= effect["with"] - effect["null"] <= effect["interval"][1]
     right = total = 0
     for sample in open_dataset(settings):
@@ -147,6 +148,15 @@ def test_settings_for_another_method_keep_what_was_changed():
     assert (other.method, other.attention, other.surgery_blocks, other.tau_box) == ("excel", "qkv", 5, 0.5)
     assert for_method(other, "diclip") == settings
     assert for_method(load_settings(attention="vv"), "excel").attention == "vv"
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "message"), [("excel", "attributes", "no attributes at"), ("diclip", "memory", "no memory at")]
+)
+def test_small_files_are_read_before_models(monkeypatch, tmp_path, method, name, message):
+    monkeypatch.setattr("diclip.methods.load_clip", lambda *given, **how: pytest.fail("CLIP was loaded"))
+    with pytest.raises(ValueError, match=message):
+        build_method(load_settings(method=method, **{name: str(tmp_path / "none.yaml")}))
 
 
 def test_faults_are_one_line(settings, tmp_path, capsys, monkeypatch):

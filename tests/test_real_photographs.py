@@ -1,4 +1,4 @@
-"""Refine soft maps made of true masks, on real photographs where there are any, else on rendered scenes."""
+"""Refine soft maps made of true masks: on rendered scenes, and on real photographs where DICLIP_PHOTOS has VOC's."""
 
 import os
 from functools import partial
@@ -17,16 +17,25 @@ from diclip.refine import par
 from diclip.score import image_counts, miou
 
 IMAGES = 8
-PHOTOS = os.environ.get("DICLIP_PHOTOS")
-FOLDERS = [path.parent for path in sorted(Path(PHOTOS).glob("**/ImageSets"))] if PHOTOS else []
+VOC = Path(os.environ.get("DICLIP_PHOTOS", "")) / "VOCdevkit/VOC2012"
 
 # PAR looks 24 pixels far, at photographs of 320 and more: as far for the scenes' 128.
-REFINE = {"PAR": par if FOLDERS else partial(par, dilations=(1, 2, 4, 8)), "CRF": dense_crf}
+REFINE = {
+    "PAR": {"photographs": par, "scenes": partial(par, dilations=(1, 2, 4, 8))},
+    "CRF": dict.fromkeys(("photographs", "scenes"), dense_crf),
+}
+
+
+@pytest.fixture(scope="module", params=["scenes", "photographs"])
+def source(request) -> str:
+    if request.param == "photographs" and not (os.environ.get("DICLIP_PHOTOS") and VOC.is_dir()):
+        pytest.skip("DICLIP_PHOTOS names no folder with VOCdevkit/VOC2012")
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def samples(request) -> list[Sample]:
-    root = FOLDERS[0] if FOLDERS else request.getfixturevalue("tiny_world") / "minivoc-0"
+def samples(source, request) -> list[Sample]:
+    root = VOC if source == "photographs" else request.getfixturevalue("tiny_world") / "minivoc-0"
     return list(VOCFolder(root, "val", limit=IMAGES))
 
 
@@ -53,10 +62,10 @@ def score(samples: list[Sample], kind: str, refine=None) -> float:
 
 @pytest.mark.parametrize("kind", ["sampled", "blurred"])
 @pytest.mark.parametrize("name", REFINE)
-def test_mean_iou_rises(samples, name, kind, record_property):
+def test_mean_iou_rises(source, samples, name, kind, record_property):
     if name == "CRF":
         pytest.importorskip("pydensecrf", reason="the dense CRF's package is not installed (pydensecrf2)")
-    before, after = score(samples, kind), score(samples, kind, REFINE[name])
+    before, after = score(samples, kind), score(samples, kind, REFINE[name][source])
     record_property("images", f"{len(samples)}, {samples[0].name} to {samples[-1].name}")
     record_property("mIoU before", f"{before:.2f}")
     record_property("after", f"{after:.2f}")

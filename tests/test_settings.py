@@ -56,6 +56,13 @@ def test_lists_of_numbers_may_come_as_one_string(text):
     assert (settings.diffusion_timesteps, settings.coarse_heads, settings.fine_heads) == ((51, 101), (3,), (1,))
 
 
+def test_systems_and_distances_may_come_as_one_string():
+    settings = load_settings(systems="clip, diclip", par_dilations="[1, 3]")
+    assert (settings.systems, settings.par_dilations) == (("clip", "diclip"), (1, 3))
+    with pytest.raises(ValueError, match="systems"):
+        load_settings(systems="clip, clop")
+
+
 def test_models_may_come_as_one_string():
     settings = load_settings(diffusion_model="data/own, hf-hub:owner/name, /tmp/model")
     assert settings.diffusion_model == (str(ROOT / "data/own"), "hf-hub:owner/name", "/tmp/model")

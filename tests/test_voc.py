@@ -16,7 +16,7 @@ from diclip.data.check import check_folder
 from diclip.data.images import read_image, read_mask
 from diclip.data.voc import VOCFolder
 from diclip.settings import load_settings
-from diclip.vocabulary import VOC_CLASSES
+from diclip.vocabulary import COCO_CLASSES, VOC_CLASSES
 
 PHOTOS = os.environ.get("DICLIP_PHOTOS")
 
@@ -128,6 +128,14 @@ def test_own_classes(voc_folder):
     assert dataset.tags("a").tolist() == [0, 2]
     with pytest.raises(ValueError, match="expected class ids 0 to 3 and 255"):
         dataset.mask("a")
+
+
+def test_coco_needs_no_list_of_its_classes(voc_folder, tmp_path):
+    (tmp_path / "coco").symlink_to(voc_folder)
+    settings = load_settings("coco", data_root=str(tmp_path), split="train")
+    assert open_dataset(settings, masks=False).class_names == COCO_CLASSES
+    (voc_folder / "classes.txt").write_text("sofa\ndog\n")
+    assert open_dataset(settings, masks=False).class_names == ("sofa", "dog")
 
 
 # What is wrong with a folder

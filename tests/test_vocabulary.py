@@ -2,7 +2,8 @@
 
 import pytest
 
-from diclip.vocabulary import BACKGROUND_WORDS, VOC, VOC_CLASSES, Vocabulary
+from diclip.settings import load_settings
+from diclip.vocabulary import BACKGROUND_WORDS, COCO_CLASSES, COCO_SYNONYMS, VOC, VOC_CLASSES, Vocabulary
 
 
 def test_voc():
@@ -32,3 +33,12 @@ def test_own_classes_synonyms_and_tags():
 def test_bad_vocabularies(arguments, message):
     with pytest.raises(ValueError, match=message):
         Vocabulary(**arguments)
+
+
+def test_coco_prompts_its_own_classes():
+    vocabulary = load_settings("coco").vocabulary()
+    assert vocabulary.classes == COCO_CLASSES and len(set(COCO_CLASSES)) == 80 and COCO_CLASSES[79] == "toothbrush"
+    assert set(vocabulary.synonyms) == set(COCO_SYNONYMS) - {"tvmonitor"}
+    prompts = vocabulary.prompts()
+    assert len(prompts) == 80 + 23 and prompts[27] == "a clean origami necktie."
+    assert load_settings("voc").vocabulary().classes == load_settings().vocabulary().classes == VOC_CLASSES

@@ -26,7 +26,7 @@ from diclip.diffusion import Diffusion, load_diffusion
 from diclip.labels import upsample, with_background
 from diclip.refine import par, rar
 from diclip.runs import pick_device
-from diclip.settings import VOC_CLASSES, Settings
+from diclip.settings import Settings
 
 Inputs = dict[str, Tensor]
 Results = Tensor | Sequence[Tensor]
@@ -96,7 +96,8 @@ def prepare(settings: Settings, path: str) -> list[str]:
     clip = encoder(settings, torch.device("cpu"))
     encoded = encode(settings, clip, images)
     random = torch.Generator().manual_seed(settings.seed)
-    vocabulary, C = settings.vocabulary(), len(VOC_CLASSES)
+    vocabulary = settings.vocabulary()
+    C = len(vocabulary.classes)
     if settings.random_weights:
         n, E = len(vocabulary.prompts()), encoded.pooled.shape[1]
         texts = F.normalize(torch.randn(n, E, generator=random), dim=-1)
@@ -166,7 +167,7 @@ def _diffusion(settings: Settings, inputs: Inputs, device: torch.device) -> Stag
 
 def _cam(settings: Settings, inputs: Inputs, device: torch.device) -> Stage:
     given = inputs["patches"], inputs["pooled"], inputs["texts"]
-    how = {"num_classes": len(VOC_CLASSES), "pooled_is_token": bool(inputs["is_token"])}
+    how = {"num_classes": len(settings.vocabulary().classes), "pooled_is_token": bool(inputs["is_token"])}
     return Stage(lambda: surgery_cam(*given, **how), lambda: reference.surgery_cam(*given, **how), 1e-5)
 
 

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from diclip.data.voc import Sample, VOCFolder
+from diclip.data.voc import Sample, VOCFolder, classes_of
 from diclip.settings import Settings
+from diclip.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ def dataset_folder(settings: Settings) -> Path:
     return settings.data_root / folders[settings.dataset]
 
 
+def dataset_vocabulary(settings: Settings) -> Vocabulary:
+    """Return the classes of the settings' dataset, its classes.txt's or its usual ones, and how they are prompted."""
+    return settings.vocabulary(classes_of(dataset_folder(settings), default=settings.vocabulary().classes))
+
+
 def prepare(settings: Settings) -> Path:
     """Return the dataset's folder, after drawing MiniVOC if it is not there yet."""
     folder = dataset_folder(settings)
@@ -85,6 +91,7 @@ def open_dataset(settings: Settings, *, masks: bool = True) -> VOCFolder:
     return VOCFolder(
         prepare(settings),
         settings.split,
+        class_names=dataset_vocabulary(settings).classes,
         masks=masks,
         limit=settings.limit,
         shard_index=settings.shard_index,

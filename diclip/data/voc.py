@@ -66,7 +66,7 @@ class VOCFolder(Dataset[Sample]):
         num_shards: int = 1,
     ) -> None:
         self.root, self.split, self.masks = Path(root), split, masks
-        self.vocabulary = Vocabulary(tuple(class_names or self._own_classes()))
+        self.vocabulary = Vocabulary(tuple(class_names or classes_of(self.root)))
         self.names = self._listed()[: limit or None][shard_index::num_shards]
 
     @property
@@ -122,10 +122,6 @@ class VOCFolder(Dataset[Sample]):
             raise ValueError(f"{shown(path)}: found a {type(tags).__name__}, expected {{name: [class names]}}")
         return tags
 
-    def _own_classes(self) -> Sequence[str]:
-        path = self.root / "classes.txt"
-        return path.read_text(encoding="utf-8").strip().splitlines() if path.is_file() else VOC_CLASSES
-
     def _listed(self) -> list[str]:
         if not self.root.is_dir():
             raise FileNotFoundError(f"there is no folder {shown(self.root)}: data/README.md says how to get it")
@@ -139,6 +135,12 @@ class VOCFolder(Dataset[Sample]):
         if not names:
             raise ValueError(f"{shown(path)}: found no image, expected a name a line: copy the file again")
         return names
+
+
+def classes_of(root: Path, *, default: tuple[str, ...] = VOC_CLASSES) -> tuple[str, ...]:
+    """Return the class names in a folder's classes.txt, or the default ones where there is no such file."""
+    path = root / "classes.txt"
+    return tuple(path.read_text(encoding="utf-8").strip().splitlines()) if path.is_file() else default
 
 
 def has_parts(dataset: VOCFolder) -> bool:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from diclip.cam import Maps
 from diclip.clip import DenseCLIP, load_clip
-from diclip.data import Batch
+from diclip.data import Batch, dataset_vocabulary
 from diclip.runs import pick_device
 from diclip.settings import Settings
 
@@ -40,6 +40,15 @@ def build_method(settings: Settings, clip: DenseCLIP | None = None) -> Method:
     Raises ValueError, in one line, for weights that are absent or damaged and for a device that is not there.
     """
     device = pick_device(settings.device)
+    # Small files come first: a typo in a name must not cost the time that models take to load.
+    if settings.method == "excel":
+        from diclip.attributes import read_attributes
+
+        attributes = read_attributes(settings.attributes, dataset_vocabulary(settings).classes)
+    if settings.method == "diclip":
+        from diclip.memory import Memory
+
+        memory = Memory.load(settings.memory)
     clip = clip or load_clip(
         settings.clip_model,
         pretrained=settings.clip_pretrained,
@@ -53,14 +62,12 @@ def build_method(settings: Settings, clip: DenseCLIP | None = None) -> Method:
     if settings.method == "excel":
         from diclip.methods.excel import ExCEL
 
-        return ExCEL(settings, clip)
+        return ExCEL(settings, clip, attributes=attributes)
     if settings.method == "clip-es":
         from diclip.methods.clip_es import CLIPES
 
         return CLIPES(settings, clip)
     from diclip.diffusion import load_diffusion
-    from diclip.memory import Memory
     from diclip.methods.diclip import DiCLIP
 
-    memory = Memory.load(settings.memory)
     return DiCLIP(settings, clip, load_diffusion(settings.diffusion_model, device=device), memory)

@@ -9,7 +9,7 @@ from torch import Tensor
 from diclip.affinity import caa
 from diclip.cam import Maps, pack, surgery_cam
 from diclip.clip import DenseCLIP, Encoded
-from diclip.data import Batch
+from diclip.data import Batch, dataset_vocabulary
 from diclip.settings import Attention, Settings
 from diclip.vocabulary import Vocabulary
 
@@ -28,7 +28,7 @@ class PlainCLIP:
 
     def __init__(self, settings: Settings, clip: DenseCLIP, *, vocabulary: Vocabulary | None = None) -> None:
         self.settings, self.clip = settings, clip
-        self.vocabulary = vocabulary or settings.vocabulary()
+        self.vocabulary = vocabulary or dataset_vocabulary(settings)
         self.texts = clip.encode_text(self.vocabulary.prompts())
 
     def cam(self, patches: Tensor, pooled: Tensor, grid: tuple[int, int], *, texts: Tensor | None = None) -> Tensor:

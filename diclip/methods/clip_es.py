@@ -13,8 +13,11 @@ from diclip.methods.clip import PlainCLIP
 class CLIPES(PlainCLIP):
     """Rungs `gradcam` (softmax Grad-CAM of the tags, against background words), `caa` (class-aware affinity).
 
-    Images come squashed to one size; the release gives each at its own, rounded up to whole patches. Source:
-    CLIP-ES, CVPR 2023, before its dense CRF.
+    The setting `gradcam_pool` says what stands for the image in the probabilities whose gradients are taken:
+    "patches", the mean of the patches in the joint space, is the published one and that of the presets `voc` and
+    `coco`; "model" is the feature that the model was trained to match with texts, the class token in OpenAI's CLIP
+    and in the mini one, whose preset has it. Images come squashed to one size; the release gives each at its own,
+    rounded up to whole patches. Source: CLIP-ES, CVPR 2023, before its dense CRF.
     """
 
     raw = ("gradcam",)

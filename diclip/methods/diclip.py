@@ -85,7 +85,7 @@ class DiCLIP(PlainCLIP):
         coarse, fine, fine_grid = self.walked(batch)
         if self.settings.correlation == "colour":
             coarse = self.walked_colours(batch)
-        return self.clustered(coarse, batch), fine, fine_grid
+        return self.clustered(coarse, batch) if self.settings.acr else coarse, fine, fine_grid
 
     def walked(self, batch: Batch, *, diffusion: Diffusion | None = None) -> tuple[Tensor, Tensor, tuple[int, int]]:
         """Return what a diffusion model (the system's own) says before clustering, as `correlation` does.
@@ -127,8 +127,8 @@ class DiCLIP(PlainCLIP):
         return walk(heads, threshold=self.settings.correlation_threshold).to(self.clip.device)
 
     def clustered(self, correlation: Tensor, batch: Batch) -> Tensor:
-        """Even a correlation out by clusters, if the settings say so."""
-        return acr(correlation, cluster(correlation, grid=self.grid(batch))) if self.settings.acr else correlation
+        """Replace the rows of a correlation (B, N, N) by the means of their clusters."""
+        return acr(correlation, cluster(correlation, grid=self.grid(batch)))
 
     def grid(self, batch: Batch) -> tuple[int, int]:
         """Return CLIP's patches down and across."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,10 +21,10 @@ PARTS = ("svc", "tse", "caa")
 class ExCEL(PlainCLIP):
     """Rungs `clip`, `intra` (static visual calibration: the surgery path), `tse` (text semantic enrichment), `caa`.
 
-    `without_svc` … leave one part out of the whole. `bank` (B, E) stands in the place of the attributes that the
-    settings' sentences give. What comes after `caa` in the paper, pixel-adaptive refinement, works on scores with
-    background at the image's size (`labels.with_background`), not on maps. Source: ExCEL, CVPR 2025, without its
-    decoder.
+    `without_svc` … leave one part out of the whole. `attributes` are each class's sentences, by default those of the
+    settings' file; `bank` (B, E) stands in the place of what is made of them. What comes after `caa` in the paper,
+    pixel-adaptive refinement, works on scores with background at the image's size (`labels.with_background`), not
+    on maps. Source: ExCEL, CVPR 2025, without its decoder.
     """
 
     ablations = tuple(f"without_{part}" for part in PARTS)
@@ -37,11 +37,12 @@ class ExCEL(PlainCLIP):
         clip: DenseCLIP,
         *,
         vocabulary: Vocabulary | None = None,
+        attributes: Mapping[str, Sequence[str]] | None = None,
         bank: Tensor | None = None,
     ) -> None:
         super().__init__(settings, clip, vocabulary=vocabulary)
         if bank is None:
-            attributes = read_attributes(settings.attributes, self.vocabulary.classes)
+            attributes = attributes or read_attributes(settings.attributes, self.vocabulary.classes)
             bank = attribute_bank(settings, clip, self.vocabulary, attributes)
         self.bank, self.enriched = bank, self.enrich(bank)
 

@@ -38,11 +38,11 @@ class Stretch:
     batch_size: int
 
 
-STEPS = 7_000
+STEPS = 6_000
 SPLITS = {"pretrain": 1.0, "studio": 0.5}  # of the settings' number of pictures
 # Whole things on calm ground teach shapes, scenes teach to tell things from textured ground.
 STUDIO_RATE = 0.6
-STRETCHES = (Stretch(0.6, 64, (0.75, 1.0), 64), Stretch(1.0, 128, (0.75, 1.0), 16))  # half the size costs a quarter
+STRETCHES = (Stretch(0.7, 64, (0.75, 1.0), 64), Stretch(1.0, 128, (0.75, 1.0), 16))  # half the size costs a quarter
 
 
 def stretch_of(step: int, steps: int) -> Stretch:
