@@ -6,7 +6,7 @@ QUIET := DICLIP_HEADLESS=1 MPLBACKEND=agg
 # Threads that spin while they wait make everything several times slower on a machine that has other work.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup demo test lab notebooks results
+.PHONY: help setup demo test lab explore notebooks results
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -38,6 +38,9 @@ test: .venv/ready-test  ## check style, code, parity, notebooks and, in a browse
 
 lab: .venv/ready  ## open JupyterLab on this machine
 	$(BIN)/jupyter lab --ip=127.0.0.1 notebooks
+
+explore: .venv/ready  ## open the explorers on this machine, as a page of their own
+	$(BIN)/voila notebooks/08_explorer.ipynb --Voila.ip=127.0.0.1 --token --progressive_rendering=True
 
 notebooks: .venv/ready  ## execute every notebook again and keep the outputs
 	$(QUIET) $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=None \

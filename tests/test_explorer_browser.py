@@ -1,4 +1,4 @@
-"""The explorers in a real browser: JupyterLab opens notebook 08, runs it, and every kind of control moves the picture.
+"""The explorers in a real browser: JupyterLab and Voila run notebook 08, and every kind of control moves the picture.
 
 It needs Debian's chromium, or another one on the path. Without one it is skipped, but never under CI=true.
 DICLIP_SCREENSHOTS names a folder for the screenshots.
@@ -6,13 +6,17 @@ DICLIP_SCREENSHOTS names a folder for the screenshots.
 
 import json
 import os
+import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 import pytest
@@ -20,8 +24,10 @@ import pytest
 from diclip.settings import ROOT
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+TOKEN = "explore"
 CI = os.environ.get("CI") == "true"
-PATIENCE = 600_000  # ms: a first run draws MiniVOC
+PATIENCE = 300_000  # ms, for each step: a machine may be busy, and a first run draws MiniVOC
+EXPLORERS = ("cams", "patches", "diffusion", "scenes")  # in the order of the notebook
 SETTINGS = {  # nothing pops up, and outputs that are out of sight stay in the page
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
     "notebook-extension/tracker": {"windowingMode": "none"},
@@ -30,39 +36,48 @@ SETTINGS = {  # nothing pops up, and outputs that are out of sight stay in the p
 pytestmark = pytest.mark.skipif(not CHROMIUM and not CI, reason="no chromium: apt-get install chromium")
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    """Serve a copy of notebook 08; yield its address."""
-    home, token = tmp_path_factory.mktemp("lab"), "explore"
-    (home / "work").mkdir()
-    shutil.copy(ROOT / "notebooks" / "08_explorer.ipynb", home / "work")
-    for name, values in SETTINGS.items():
-        path = home / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(values))
+@contextmanager
+def serving(home: Path, *command: str) -> Iterator[str]:
+    """Run a server on a copy of notebook 08; yield its address. It ends with its kernels, whatever happens."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    (home / "work").mkdir()
+    shutil.copy(ROOT / "notebooks" / "08_explorer.ipynb", home / "work")
     environment = {name: value for name, value in os.environ.items() if name not in ("DICLIP_HEADLESS", "MPLBACKEND")}
     environment |= {"HOME": str(home), "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ip=127.0.0.1"]
-    command += [f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}"]
-    command += [
-        f"--ServerApp.root_dir={home / 'work'}",
-        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
-    ]
-    with open(home / "lab.log", "w") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    command = [sys.executable, "-m", *command, f"--port={port}"]
+    with open(home / "log", "w") as log:
+        server = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log, cwd=home / "work", start_new_session=True
+        )
     try:
-        _wait_for(f"http://127.0.0.1:{port}/api", server, home / "lab.log")
-        yield f"http://127.0.0.1:{port}/lab/tree/08_explorer.ipynb?token={token}&reset"
+        _wait_for(f"http://127.0.0.1:{port}/api", server, home / "log")
+        yield f"http://127.0.0.1:{port}"
     finally:
-        server.terminate()
-        try:
-            server.wait(60)
-        except subprocess.TimeoutExpired:  # a kernel that does not answer would hold it for ever
-            server.kill()
-            server.wait()
+        _end(server)
+
+
+def _end(server: subprocess.Popen) -> None:
+    """Let a server end its kernels; then end whatever is left of its session."""
+    server.terminate()
+    try:
+        server.wait(30)
+    except subprocess.TimeoutExpired:  # a kernel that does not answer would hold it for ever
+        server.kill()
+        server.wait()
+    own = [int(stat.parent.name) for stat in Path("/proc").glob("[0-9]*/stat") if _session(stat) == server.pid]
+    for process in own:
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+
+
+def _session(stat: Path) -> int | None:
+    """Return the session of a process on Linux, none if it has ended meanwhile."""
+    try:
+        return int(stat.read_text().rpartition(")")[2].split()[3])
+    except OSError:
+        return None
 
 
 def _wait_for(address: str, server: subprocess.Popen, log: Path) -> None:
@@ -71,36 +86,59 @@ def _wait_for(address: str, server: subprocess.Popen, log: Path) -> None:
         try:
             urlopen(address, timeout=30).read()
             return
+        except HTTPError:  # it answers: that it wants the token
+            return
         except (URLError, OSError):
-            time.sleep(0.5)
-    raise AssertionError(f"JupyterLab did not start:\n{log.read_text()[-3000:]}")
+            time.sleep(0.2)
+    raise AssertionError(f"no server at {address}:\n{log.read_text()[-3000:]}")
 
 
 @pytest.fixture(scope="module")
-def page(lab):
-    """Open the notebook, run all of it, and wait for the explorers' pictures; collect what the console complains of."""
+def browser():
+    """Start chromium once."""
     assert CHROMIUM, "CI needs chromium: apt-get install -y chromium"
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         arguments = ["--no-sandbox", "--disable-dev-shm-usage"]  # as root, and in small containers
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
-        page.set_default_timeout(PATIENCE)
-        page.complaints = []
-        page.on("pageerror", lambda error: page.complaints.append(str(error)))
-        page.on("console", lambda said: page.complaints.append(said.text) if said.type == "error" else None)
-        page.goto(lab)
-        page.locator(".jp-Notebook .jp-Cell").first.wait_for()
+        yield browser
+        browser.close()
+
+
+def _open(browser, address: str):
+    """Open a page that collects what the console complains of."""
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(PATIENCE)
+    page.complaints = []
+    page.on("pageerror", lambda error: page.complaints.append(str(error)))
+    page.on("console", lambda said: page.complaints.append(said.text) if said.type == "error" else None)
+    page.goto(address)
+    return page
+
+
+@pytest.fixture(scope="module")
+def page(browser, tmp_path_factory):
+    """Open the notebook in JupyterLab, run all of it, and wait for the explorers' pictures."""
+    home = tmp_path_factory.mktemp("lab")
+    for name, values in SETTINGS.items():
+        path = home / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values))
+    command = ["jupyter", "lab", "--no-browser", "--allow-root", "--ip=127.0.0.1", "--ServerApp.port_retries=0"]
+    command += [f"--IdentityProvider.token={TOKEN}", f"--ServerApp.root_dir={home / 'work'}"]
+    with serving(home, *command) as address:
+        page = _open(browser, f"{address}/lab/tree/08_explorer.ipynb?token={TOKEN}&reset")
+        page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first.wait_for()  # else it asks for a kernel
         shown = page.locator(".jp-SideBar.jp-mod-left .lm-TabBar-tab.lm-mod-current")
         if shown.count():
             shown.first.click()  # the file browser takes the room
         page.locator(".lm-MenuBar-itemLabel", has_text="Run").first.click()
         page.locator(".lm-Menu-itemLabel", has_text="Run All Cells").first.click()
-        for number in (0, 1):
+        for number in range(len(EXPLORERS)):
             _drawn(page, number)
         yield page
-        browser.close()
+        page.close()
 
 
 def _explorer(page, number: int):
@@ -174,20 +212,57 @@ def test_a_click_and_the_keyboard_move_the_patch(page):
     _changes(page, 1, lambda: _slide(page, 1, "block", "ArrowLeft"))
 
 
+def test_the_noise_of_the_diffusion_moves(page):
+    _changes(page, 2, lambda: _slide(page, 2, "noise seed"))
+    _changes(page, 2, lambda: _slide(page, 2, "timestep"))
+    _changes(page, 2, lambda: _picture(page, 2).click(position={"x": 60, "y": 100}))
+
+
+def test_a_scene_is_composed(page):
+    _changes(page, 3, lambda: _control(page, 3, "place").locator("select").select_option("snow"))
+    _changes(page, 3, lambda: _control(page, 3, "part wears").first.locator("select").select_option("hidden"))
+    _changes(page, 3, lambda: _slide(page, 3, "distractors"))
+
+
 @pytest.mark.parametrize("width", [1280, 800])
 def test_it_fits_the_window(page, width, tmp_path):
-    folder = Path(os.environ.get("DICLIP_SCREENSHOTS", tmp_path))
-    folder.mkdir(parents=True, exist_ok=True)
     page.set_viewport_size({"width": width, "height": 1000})
-    for number, name in enumerate(("cams", "patches")):
+    for number, name in enumerate(EXPLORERS):
         box = _explorer(page, number)
         box.scroll_into_view_if_needed()
-        box.screenshot(path=folder / f"explorer-{name}-{width}.png")
+        _keep(box, f"explorer-{name}-{width}", tmp_path)
         inner, outer = _picture(page, number).bounding_box(), box.bounding_box()
         assert inner["x"] >= outer["x"] - 1 and inner["x"] + inner["width"] <= outer["x"] + outer["width"] + 1
         assert inner["x"] + inner["width"] <= width and inner["width"] > 300
 
 
+def _keep(shown, name: str, tmp_path: Path) -> None:
+    folder = Path(os.environ.get("DICLIP_SCREENSHOTS", tmp_path))
+    folder.mkdir(parents=True, exist_ok=True)
+    shown.screenshot(path=folder / f"{name}.png")
+
+
 def test_the_console_has_no_complaint_of_ours(page):
-    ours = ("widget", "ipyevents", "diclip", "comm")
-    assert [said for said in page.complaints if any(word in said.lower() for word in ours)] == []
+    assert _ours(page) == []
+
+
+def _ours(page) -> list[str]:
+    words = ("widget", "ipyevents", "diclip", "comm")
+    return [said for said in page.complaints if any(word in said.lower() for word in words)]
+
+
+def test_voila_shows_it_to_who_has_the_token(browser, tmp_path):
+    make = (ROOT / "Makefile").read_text().split("\nexplore:")[1].split("\n\n")[0]
+    flags = shlex.split(make.partition("voila")[2].replace("\\\n", " "))
+    options = [flag for flag in flags if flag.startswith("--")]
+    with serving(tmp_path, "voila", "08_explorer.ipynb", "--no-browser", *options, f"--token={TOKEN}") as address:
+        with pytest.raises(HTTPError, match="403"):
+            urlopen(address, timeout=60)
+        page = _open(browser, f"{address}/?token={TOKEN}")
+        for number in range(len(EXPLORERS)):
+            _drawn(page, number)
+        _changes(page, 0, lambda: _slide(page, 0, "number"))
+        _changes(page, 1, lambda: _picture(page, 1).click(position={"x": 60, "y": 200}))
+        _keep(_explorer(page, 0), "voila-cams-1280", tmp_path)
+        assert _ours(page) == [] and page.locator(".voila-spinner-text, .jp-OutputArea-error").all_inner_texts() == []
+        page.close()

@@ -221,7 +221,9 @@ def test_a_remembering_diffusion_draws_on(full_studio):
 # DiCLIP, on tiny models
 
 
-@pytest.mark.parametrize("change", [{"bias_strength": 3.0}, {"memory_weight": 2.0}, {"rung": "rar"}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"bias_strength": 3.0}, {"acr": True}, {"memory_weight": 2.0}, {"rung": "rar"}], ids=str
+)
 def test_diclip_is_explored_where_there_are_models(full_studio, change):
     explorer, choice = CamExplorer(full_studio), CamChoice(method="diclip", rung="tsa")
     first, looked = explorer.view(choice), full_studio.memo.made["diffusion"]
@@ -229,6 +231,8 @@ def test_diclip_is_explored_where_there_are_models(full_studio, change):
     assert full_studio.memo.made["diffusion"] == looked > 0
     with pytest.raises(ValueError, match="knows the dataset's classes alone"):
         explorer.view(replace(choice, words=("zebra",)))
+    own = explorer.view(replace(choice, rung="vce", words=("zebra",)))
+    assert own.classes[-1] == "zebra" and "zebra" in own.doubts[0]
 
 
 def test_what_lacks_is_said_and_switched_off(studio, full_studio):
@@ -240,7 +244,7 @@ def test_what_lacks_is_said_and_switched_off(studio, full_studio):
         said = [x.value for x in board.box.children[1].children if isinstance(x, widgets.HTML)]
         assert sum("is off: there is no diffusion model" in text for text in said) == 1
     board = explore_cams(full_studio, CamChoice(method="diclip", rung="vce"))
-    assert not board["bias_strength"].disabled and board["words"].disabled
+    assert not board["bias_strength"].disabled and not board["memory_weight"].disabled
     before = board.picture.value
     board["bias_strength"].value = 3.5
     assert board.picture.value != before and "b00020" not in board.line.value
@@ -271,7 +275,7 @@ def test_a_patchs_row_is_the_attentions(studio, kind):
     photo = studio.photo(choice.pick)
     title, found = PatchExplorer(studio).clip_row(choice, studio.batch(photo, (), studio.classes), (16, 16))
     torch.testing.assert_close(found, by_hand(studio, choice, KINDS[kind]), atol=1e-5, rtol=0)
-    assert title == f"CLIP · block 3, head 2 · {kind}"
+    assert title == f"block 3, head 2: {kind}"
 
 
 def test_the_diffusions_row_is_its_attention(full_studio):
@@ -292,7 +296,7 @@ def test_the_diffusions_row_is_its_attention(full_studio):
     row = attend(taps.coarse_q[:, 1:2], taps.coarse_k[:, 1:2])[0, 0, spot].clone()
     row[spot] = row.median()
     torch.testing.assert_close(found, minmax(row, 0).view(h, w), atol=1e-5, rtol=0)
-    assert title == f"diffusion · {h}×{w}, head 2 · timestep 101"
+    assert title == f"diffusion at 101, head 2: {h}×{w}"
 
 
 @pytest.mark.parametrize(

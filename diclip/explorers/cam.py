@@ -49,6 +49,7 @@ class CamChoice:
     attention: str | None = None
     surgery_blocks: int | None = None
     bias_strength: float | None = None
+    acr: bool | None = None
     memory_weight: float | None = None
     refinement: str = "none"
     rule: Literal["one_minus_max", "fixed"] | None = None
@@ -99,6 +100,8 @@ class CamExplorer:
         if choice.rung not in LADDERS.get(choice.method, ()):
             known = "; ".join(f"{method}: {', '.join(rungs)}" for method, rungs in LADDERS.items())
             raise ValueError(f"{choice.method} has no rung {choice.rung!r}, expected one of {known}")
+        if choice.words and choice.rung == "tsa":
+            raise ValueError("DiCLIP's memory knows the dataset's classes alone: clear the box or take another rung")
         for name, value, known in (
             ("refinement", choice.refinement, REFINEMENTS),
             ("beside", choice.beside, VIEWS),
@@ -106,7 +109,7 @@ class CamExplorer:
         ):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
-        names = ("background_words", "attention", "surgery_blocks", "bias_strength", "memory_weight")
+        names = ("background_words", "attention", "surgery_blocks", "bias_strength", "acr", "memory_weight")
         changed = {name: getattr(choice, name) for name in names if getattr(choice, name) is not None}
         return for_method(self.studio.settings, choice.method).model_copy(update=changed)
 
@@ -124,7 +127,8 @@ class CamExplorer:
     def _likeliest(self, photo: Photo, names: tuple[str, ...], *, count: int = 3) -> tuple[str, ...]:
         batch = self.studio.batch(photo, (), names)
         pooled = self.studio.clip.encode(batch.images, surgery_blocks=0, tokens=None, need_attention=False).pooled
-        texts = self.studio.clip.encode_text(self.studio.settings.vocabulary().prompts()[: len(names)])
+        prompts = self.studio.settings.vocabulary(names).prompts()[: len(names)]
+        texts = self.studio.clip.encode_text(prompts)
         best = (F.normalize(pooled, dim=-1) @ texts.T)[0].topk(min(count, len(names))).indices
         return tuple(names[index] for index in best.tolist())
 

@@ -17,7 +17,7 @@ from diclip.surgery import ATTENTIONS
 GROUPS = {
     "Picture": ("split", "index", "folder", "upload"),
     "System": ("method", "rung", "beside"),
-    "Patches": ("attention", "surgery_blocks", "bias_strength", "memory_weight"),
+    "Patches": ("attention", "surgery_blocks", "bias_strength", "acr", "memory_weight"),
     "Labels": ("refinement", "rule", "score"),
     "Look": ("opacity", "colours"),
 }
@@ -77,6 +77,7 @@ class _CamBoard:
             getattr(settings if value is None else start, name)
             for name, value in (("bias_strength", start.bias_strength), ("memory_weight", start.memory_weight))
         )
+        acr = settings.acr if start.acr is None else start.acr
         menu = [kind for kind in ATTENTIONS if kind != "bias"]
         return {
             "method": choose("method", methods, start.method),
@@ -86,8 +87,9 @@ class _CamBoard:
             "surgery_blocks": slider(
                 widgets.IntSlider, "in last blocks", start.surgery_blocks or settings.surgery_blocks, 1, blocks, 1
             ),
-            "bias_strength": slider(widgets.FloatSlider, "correlation", strength, 0, 4, 0.1),
-            "memory_weight": slider(widgets.FloatSlider, "memory", weight, 0, 2, 0.1),
+            "bias_strength": slider(widgets.FloatSlider, "correlation", strength, 0, 20, 0.5),
+            "acr": widgets.Checkbox(acr, description="even it out by clusters (ACR)", indent=False),
+            "memory_weight": slider(widgets.FloatSlider, "memory", weight, 0, 1, 0.01),
         }
 
     def _labels(self, start: CamChoice) -> dict[str, widgets.Widget]:
@@ -136,8 +138,8 @@ class _CamBoard:
             ("attention", method != "clip-es"),
             ("surgery_blocks", method != "clip-es"),
             ("bias_strength", method == "diclip"),
+            ("acr", method == "diclip"),
             ("memory_weight", method == "diclip"),
-            ("words", method != "diclip"),
         ):
             controls[name].disabled = not used
             controls[name].tooltip = "" if used else (self.studio.lacks or f"not part of {method}")
@@ -170,8 +172,6 @@ class _CamBoard:
         values = {name: control.value for name, control in self.controls.items() if name not in Picker.names}
         values["words"] = words_of(values["words"])
         values["background_words"] = words_of(values["background_words"])
-        if values["method"] == "diclip":
-            values["words"] = ()
         classes = tuple(name for name, toggle in self.toggles.items() if toggle.value) if self.own_classes else None
         return CamChoice(self.picker.pick(), classes=classes, **values)
 

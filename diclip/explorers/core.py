@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diclip.clip import DenseCLIP, Encoded, load_clip
-from diclip.data import Batch, open_dataset, squash
+from diclip.data import Batch, dataset_vocabulary, open_dataset, squash
 from diclip.data.images import decode_image
 from diclip.data.voc import VOCFolder
 from diclip.explorers.pictures import Pixels, png
@@ -185,7 +185,7 @@ class Studio:
         )
         self.frozen, self.clip = clip, RememberingCLIP(clip, self.memo)
         self.small = clip.model.vocab_size <= 4096  # a mini model: only MiniVOC's words and drawings mean something
-        self.classes = self.settings.vocabulary().classes
+        self.classes = dataset_vocabulary(self.settings).classes
 
     @property
     def lacks_diffusion(self) -> str | None:
@@ -247,8 +247,7 @@ class Studio:
     def system(self, settings: Settings, words: tuple[str, ...] = ()) -> Method:
         """Build the system that settings name, with `words` for classes of one's own beside the dataset's.
 
-        Raises ValueError, in one line, for words twice, for what is missing, and for words where a system has classes
-        of its own.
+        Raises ValueError, in one line, for words twice and for what is missing. DiCLIP has no memory of words.
         """
         return self.memo("system", (settings.model_dump_json(), words), lambda: self._build(settings, words))
 
@@ -260,7 +259,7 @@ class Studio:
         from diclip.methods.diclip import DiCLIP
         from diclip.methods.excel import ExCEL
 
-        own = settings.vocabulary()
+        own = settings.vocabulary(self.classes)
         twice = sorted(set(words) & set(own.background))
         if twice:
             raise ValueError(f"{', '.join(twice)} cannot be class and background: take it out of one of the boxes")
@@ -269,11 +268,10 @@ class Studio:
             bank = attribute_bank(settings, self.clip, own, read_attributes(settings.attributes, own.classes))
             return ExCEL(settings, self.clip, vocabulary=wider, bank=bank)
         if settings.method == "diclip":
-            if words:
-                raise ValueError("DiCLIP's memory knows the dataset's classes alone: clear the box or take another")
             if self.lacks:
                 raise ValueError(self.lacks)
-            return DiCLIP(settings, self.clip, self.diffusion, Memory.load(settings.memory))
+            memory = None if words else Memory.load(settings.memory)  # it knows the dataset's classes alone
+            return DiCLIP(settings, self.clip, self.diffusion, memory, vocabulary=wider)
         return {"clip": PlainCLIP, "clip-es": CLIPES}[settings.method](settings, self.clip, vocabulary=wider)
 
     def doubts(self, photo: Photo, words: Sequence[str] = ()) -> tuple[str, ...]:

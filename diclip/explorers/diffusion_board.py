@@ -26,7 +26,7 @@ def explore_diffusion(studio: Studio, start: DiffusionChoice | None = None) -> B
     threshold = settings.correlation_threshold if start.threshold is None else start.threshold
     own = {
         "timestep": slider(
-            widgets.IntSlider, "timestep", start.timestep or settings.diffusion_timesteps[0], 0, 999, 10
+            widgets.IntSlider, "timestep", start.timestep or settings.diffusion_timesteps[0], 1, 991, 10
         ),
         "seed": slider(widgets.IntSlider, "noise seed", start.seed, 0, 20, 1),
         "threshold": slider(widgets.FloatSlider, "threshold", threshold, 0, 0.95, 0.05),

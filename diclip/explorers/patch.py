@@ -88,8 +88,8 @@ class PatchExplorer:
             raise ValueError(f"head is {choice.head}, expected 1 to {q.shape[1]}, or 0 for their mean")
         if choice.head:
             q, k, v = (x[:, choice.head - 1 : choice.head] for x in (q, k, v))
-        who = f"head {choice.head}" if choice.head else "mean of heads"
-        title = f"CLIP · block {number}, {who} · {choice.kind}"
+        who = f"head {choice.head}" if choice.head else "mean"
+        title = f"block {number}, {who}: {choice.kind}"
         if kind == "biased" and self.studio.lacks_diffusion:
             return title, f"Nothing biases CLIP: {self.studio.lacks_diffusion}."
         if kind in ("intra", "biased"):
@@ -137,8 +137,8 @@ class PatchExplorer:
         spot = row * w + column
         rows = attend(taps.coarse_q[:, :, spot : spot + 1], taps.coarse_k)[0, :, 0]  # (heads, n)
         found = rows[choice.layer_head - 1] if choice.layer_head else rows.mean(0)
-        who = f"head {choice.layer_head}" if choice.layer_head else "mean of heads"
-        return f"diffusion · {h}×{w}, {who} · timestep {timestep}", _stretched(found, spot).unflatten(0, (h, w))
+        who = f"head {choice.layer_head}" if choice.layer_head else "mean"
+        return f"diffusion at {timestep}, {who}: {h}×{w}", _stretched(found, spot).unflatten(0, (h, w))
 
     def of(self, choice: PatchChoice) -> Settings:
         """Return the settings with a choice's layer, timestep and noise."""
@@ -165,7 +165,7 @@ class PatchExplorer:
         self, choice: PatchChoice, photo: Photo, batch: Batch, grid: tuple[int, int], shape: tuple[int, ...]
     ) -> Iterator[Panel]:
         """Yield bars of the texts that the patch resembles most, along each path."""
-        settings, vocabulary = self.studio.settings, self.studio.settings.vocabulary()
+        settings, vocabulary = self.studio.settings, self.studio.settings.vocabulary(self.studio.classes)
         names, texts = (*vocabulary.classes, *vocabulary.background), self.studio.clip.encode_text(vocabulary.prompts())
         how = {"attention": settings.attention, "surgery_blocks": settings.surgery_blocks, "tokens": None}
         plain = self.studio.clip.encode(batch.images, need_attention=False, **how)

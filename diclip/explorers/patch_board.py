@@ -57,7 +57,7 @@ class _PatchBoard:
             "layer": choose("layer", names, start.layer or settings.coarse_layer),
             "layer_head": choose("head", list({**every, **{str(n): n for n in range(1, own + 1)}}.items()), 0),
             "timestep": slider(
-                widgets.IntSlider, "timestep", start.timestep or settings.diffusion_timesteps[0], 0, 999, 10
+                widgets.IntSlider, "timestep", start.timestep or settings.diffusion_timesteps[0], 1, 991, 10
             ),
             "seed": slider(widgets.IntSlider, "noise seed", start.seed, 0, 20, 1),
         }
