@@ -9,6 +9,8 @@ from diclip.explorers.diffusion import DiffusionChoice, DiffusionExplorer
 from diclip.explorers.diffusion_board import explore_diffusion
 from diclip.explorers.patch import PatchChoice, PatchExplorer
 from diclip.explorers.patch_board import explore_patches
+from diclip.explorers.runs import RunChoice, RunExplorer, find_runs
+from diclip.explorers.runs_board import explore_runs
 
 __all__ = [
     "CamChoice",
@@ -19,11 +21,15 @@ __all__ = [
     "PatchExplorer",
     "Pick",
     "Piece",
+    "RunChoice",
+    "RunExplorer",
     "SceneChoice",
     "SceneExplorer",
     "Studio",
     "explore_cams",
     "explore_diffusion",
     "explore_patches",
+    "explore_runs",
     "explore_scenes",
+    "find_runs",
 ]

@@ -111,11 +111,37 @@ def note(text: str, shape: Sequence[int]) -> Pixels:
     return np.asarray(image)
 
 
-def bars(values: Mapping[str, float], shape: Sequence[int], *, marked: Sequence[str] = ()) -> Pixels:
-    """Draw named values as horizontal bars from a common zero; those that are `marked` in another colour."""
+def sheet(rows: Sequence[Sequence[str]], *, width: int) -> Pixels:
+    """Write rows of texts as a table, its first row as headings; what does not fit a column is cut."""
+    image = Image.new("RGB", (width, 22 * len(rows) + 4), "white")
+    draw, font, step = ImageDraw.Draw(image), _font(12), width / len(rows[0])
+    for number, row in enumerate(rows):
+        for column, text in enumerate(row):
+            place = (column * step, 22 * number + 12)
+            draw.text(place, _short(draw, text, step - 10, font), FAINT if number else INK, font, anchor="lm")
+    draw.line((0, 23, width, 23), fill=FAINT)
+    return np.asarray(image)
+
+
+def raster(figure: Any, *, side: int | None = None) -> Pixels:
+    """Return a matplotlib figure as pixels, as it is or square with that side."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    if side is not None:
+        figure.set_size_inches(side / figure.dpi, side / figure.dpi)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def bars(values: Mapping[str, float], shape: Sequence[int], *, marked: Sequence[str] = (), most: float = 0) -> Pixels:
+    """Draw named values as horizontal bars from a common zero; those that are `marked` in another colour.
+
+    The scale reaches to `most` at least.
+    """
     image = Image.new("RGB", (shape[1], shape[0]), "white")
     draw, font = ImageDraw.Draw(image), _font(12)
-    low, high = min(0, *values.values()), max(0, *values.values())
+    low, high = min(0, *values.values()), max(0, most, *values.values())
     left, span = min(92, shape[1] // 3), max(high - low, 1e-9)
     scale = (shape[1] - left - 46) / span
     zero, step = left - low * scale, shape[0] / len(values)
