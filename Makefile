@@ -62,4 +62,5 @@ results: .venv/ready  ## measure again every number and draw again every figure 
 	$(BIN)/diclip effects --set limit=300 --json data/results/effects.json
 	$(BIN)/diclip judge --json data/results/judge.json
 	$(BIN)/diclip bench --preset voc --random-weights --json data/results/bench.json
+	$(BIN)/diclip bench --explorer --json data/results/bench-explorer.json
 	$(BIN)/python -m diclip.figures

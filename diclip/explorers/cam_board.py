@@ -21,7 +21,8 @@ GROUPS = {
     "Labels": ("refinement", "rule", "score"),
     "Look": ("opacity", "colours"),
 }
-RULES = {"as the rung has it": None, "fixed score": "fixed", "1 − largest map": "one_minus_max"}
+OWN = "own"  # a menu shows nothing where None is chosen
+RULES = {"as the rung has it": OWN, "fixed score": "fixed", "1 − largest map": "one_minus_max"}
 
 
 def explore_cams(studio: Studio, start: CamChoice | None = None) -> Board:
@@ -96,7 +97,7 @@ class _CamBoard:
         score = self.explorer.background(start) if start.score is None else start.score
         return {
             "refinement": choose("refine by", refinements(), start.refinement),
-            "rule": choose("background", list(RULES.items()), start.rule),
+            "rule": choose("background", list(RULES.items()), start.rule or OWN),
             "score": slider(widgets.FloatSlider, "its score", score, 0, 1, 0.01),
             "opacity": slider(widgets.FloatSlider, "opacity", start.opacity, 0, 1, 0.05),
             "colours": choose("colours", HEATS, start.colours),
@@ -129,9 +130,9 @@ class _CamBoard:
         method = controls["method"].value
         choice = CamChoice(method=method, rung=controls["rung"].value)
         raw = choice.rung not in ("caa", "rar")
-        fixed = controls["rule"].value == "fixed" or (controls["rule"].value is None and raw)
+        fixed = controls["rule"].value == "fixed" or (controls["rule"].value == OWN and raw)
         controls["score"].disabled = not fixed
-        if controls["rule"].value is None and hasattr(self, "board"):
+        if controls["rule"].value == OWN and hasattr(self, "board"):
             with self._quiet():
                 controls["score"].value = self.explorer.background(choice)
         for name, used in (
@@ -171,6 +172,7 @@ class _CamBoard:
         """Return what the widgets say."""
         values = {name: control.value for name, control in self.controls.items() if name not in Picker.names}
         values["words"] = words_of(values["words"])
+        values["rule"] = None if values["rule"] == OWN else values["rule"]
         values["background_words"] = words_of(values["background_words"])
         classes = tuple(name for name, toggle in self.toggles.items() if toggle.value) if self.own_classes else None
         return CamChoice(self.picker.pick(), classes=classes, **values)

@@ -47,7 +47,7 @@ class _PatchBoard:
         blocks, settings, off = self.studio.clip.blocks, self.studio.settings, self.studio.lacks_diffusion
         heads, kinds = blocks[-1].attn.num_heads, [kind for kind in KINDS if not off or kind != "biased"]
         layers = {} if off else self.studio.diffusion.self_attentions()
-        names = list(layers) or [settings.coarse_layer]
+        names = [(name.partition(".transformer")[0], name) for name in layers or (settings.coarse_layer,)]
         own = layers[start.layer or settings.coarse_layer].heads if layers else 1
         every = {"mean of heads": 0}
         made = {
