@@ -71,6 +71,10 @@ def bench(args: argparse.Namespace) -> Result:
     from diclip.bench import bench
     from diclip.runs import progress
 
+    if args.explorer:
+        from diclip.bench.explorer import bench_explorer
+
+        return bench_explorer(_settings(args), progress)
     named = {"bench_stages": args.stages} if args.stages else {}
     return bench(_settings(args, **named, **({"random_weights": True} if args.random_weights else {})), progress)
 
@@ -211,6 +215,7 @@ def parser() -> argparse.ArgumentParser:
     compared.add_argument("--rung", help="compare this rung of both (default: the last, and all of the same name)")
     timed = command("bench", bench, "time each stage, and compare it with a plain reference")
     timed.add_argument("--stages", metavar="cam,rar…", help="only these, in that order, as --set bench_stages=…")
+    timed.add_argument("--explorer", action="store_true", help="time the explorers' answers instead")
     timed.add_argument("--random-weights", action="store_true", help="as --set random_weights=true")
     model = command("pretrain", pretrain, "train one of the two embedded models")
     model.add_argument("model", choices=("clip", "diffusion"))
@@ -302,6 +307,11 @@ def brief(result: Result) -> Result:
         rows = [{"measure": name, **row} for name, row in result["difficulty"].items()]
         said = {name: result[name] for name in ("protocol", "images") if name in result}
         return {**said, "95 % bootstrap over images, and the bar to stay below": rows}
+    if "answers" in result:
+        from diclip.bench import digits
+
+        rows = [{k: digits(v) if isinstance(v, float) else v for k, v in row.items()} for row in result["answers"]]
+        return {"seconds from a choice to a picture": rows}
     if "rows" in result and "skipped" in result:
         from diclip.bench import conditions, digits
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diclip.bench import bench_table
+from diclip.bench.explorer import explorer_table
 from diclip.runs import replacing
 from diclip.settings import ROOT, shown
 
@@ -209,6 +210,11 @@ def speed_table(results: Path = RESULTS) -> str:
     return bench_table(read("bench", results))
 
 
+def answers_table(results: Path = RESULTS) -> str:
+    """Lay out how soon the explorers answer."""
+    return explorer_table(read("bench-explorer", results))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "ladder": clip_table,
     "systems": systems_table,
@@ -217,6 +223,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "training": training_table,
     "ablations": ablations_table,
     "speed": speed_table,
+    "explorer": answers_table,
 }
 
 
