@@ -105,6 +105,12 @@ def sweep(args: argparse.Namespace) -> Result:
     return run_sweep(args.file, progress, cluster=args.cluster)
 
 
+def ship(args: argparse.Namespace) -> Result:
+    from diclip.checkpoints import ship
+
+    return ship(args.run.absolute())
+
+
 def memory(args: argparse.Namespace) -> Result:
     from diclip.remember import write_memory
     from diclip.runs import progress
@@ -229,6 +235,8 @@ def parser() -> argparse.ArgumentParser:
     swept.add_argument("file", help="YAML file, here or in notebooks/")
     at_once = "as Ray tasks, a GPU share each: here or, named by RAY_ADDRESS, on a cluster"
     swept.add_argument("--cluster", action="store_true", help=at_once)
+    shipped = command("ship", ship, "keep a run's trained parts, in half precision, where `evaluate --trained` looks")
+    shipped.add_argument("run", type=Path, help="a training's folder, or its model.safetensors")
     command("memory", memory, "generate pictures of every class and build DiCLIP's memory from them")
     command("judge", judge, "tell how many generated pictures a classifier of its own recognises")
     command("effects", effects, "measure each idea of DiCLIP against the simplest thing that could explain it")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diclip.runs import replacing
-from diclip.settings import shown
+from diclip.settings import load_settings, shipped_heads, shown
 
 WEIGHTS = "model.safetensors"
 KEY = "diclip"  # the only metadata key: files with several list them in any order
@@ -57,11 +57,16 @@ def find_weights(path: Path) -> Path:
     return path / "checkpoints" / which / WEIGHTS
 
 
-def ship(run: Path, path: Path) -> dict[str, Any]:
-    """Write a run's trained parts to a file in half precision, to be shipped; return what they are about."""
+def ship(run: Path, path: Path | None = None) -> dict[str, Any]:
+    """Write a run's trained parts in half precision where its preset's and method's ship from, or to `path`.
+
+    Returns what they are about and where they are now. Raises as `find_weights` and `load_weights`.
+    """
     weights, about = load_weights(find_weights(run))
+    path = path or shipped_heads(load_settings(about["preset"], method=about["method"]))
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_weights(path, {name: value.half() for name, value in weights.items()}, about)
-    return about
+    return {"file": shown(path), **about}
 
 
 def save_checkpoint(folder: Path, weights: Mapping[str, Tensor], about: Mapping[str, Any], state: Any) -> None:
