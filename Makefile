@@ -61,6 +61,8 @@ results: .venv/ready  ## measure again every number and draw again every figure 
 		--set baselines=false --json data/results/diclip-noise$$n.json || exit; done
 	$(BIN)/diclip effects --set limit=300 --json data/results/effects.json
 	$(BIN)/diclip judge --json data/results/judge.json
+	$(BIN)/diclip sweep params/sweep_seeds.yaml --json data/results/training.json
+	$(BIN)/diclip sweep params/sweep_ablations.yaml --json data/results/ablations.json
 	$(BIN)/diclip bench --preset voc --random-weights --json data/results/bench.json
 	$(BIN)/diclip bench --explorer --json data/results/bench-explorer.json
 	$(BIN)/python -m diclip.figures
