@@ -13,8 +13,9 @@ from textwrap import shorten
 from typing import Any
 
 from diclip import __version__
+from diclip.presets import METHODS, PRESETS
 from diclip.runs import write_json
-from diclip.settings import METHODS, PRESETS, ROOT, Settings, load_settings, shipped_heads, shown
+from diclip.settings import ROOT, Settings, load_settings, shipped_heads, shown
 
 Result = dict[str, Any]
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from diclip.attributes import attribute_bank, enrich, hunt, read_attributes
 from diclip.clip import load_clip
-from diclip.settings import PRESETS, ROOT, load_settings
+from diclip.presets import PRESETS
+from diclip.settings import ROOT, load_settings
 from diclip.vocabulary import VOC, VOC_CLASSES, Vocabulary
 
 SENTENCES = {"cat": ["soft fur", "long whiskers"], "dog": ["a wet nose"], "bus": ["rows of windows", "big wheels"]}

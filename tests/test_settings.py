@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diclip.settings import PRESETS, QUIRKS, ROOT, Attention, Settings, load_settings
+from diclip.presets import PRESETS, QUIRKS
+from diclip.settings import ROOT, Attention, Settings, load_settings
 from diclip.vocabulary import BACKGROUND_WORDS
 
 

@@ -19,7 +19,8 @@ from diclip.methods.diclip import DiCLIP
 from diclip.methods.excel import ExCEL
 from diclip.methods.teachers import DiCLIPTeacher, ExCELTeacher, Learned, View, truncated
 from diclip.methods.trained import System
-from diclip.settings import QUIRKS, load_settings
+from diclip.presets import QUIRKS
+from diclip.settings import load_settings
 from diclip.vocabulary import Vocabulary
 
 from .golden import Golden, error
