@@ -322,6 +322,6 @@ def test_processes_beside_the_first_say_nothing(fake, tmp_path, capsys):
 def test_a_sweep_with_failed_runs_says_so(fake, capsys):
     row = {"variant": "whole", "run": "seed=1", "state": "failed", "val_miou": None}
     failed = {"runs": [row], "means": [{"variant": "whole", "runs": 0}], "problems": ["whole/seed=1: it said 'no'"]}
-    fake("diclip.sweep", run_sweep=lambda path, progress: failed)
+    fake("diclip.sweep", run_sweep=lambda path, progress, cluster: failed)
     assert main(["sweep", "params/sweep_seeds.yaml"]) == 1
     assert "whole    seed=1  failed  –" in capsys.readouterr().out
