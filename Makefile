@@ -6,7 +6,7 @@ QUIET := DICLIP_HEADLESS=1 MPLBACKEND=agg
 # Threads that spin while they wait make everything several times slower on a machine that has other work.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup demo test lab notebooks results
+.PHONY: help setup demo test lab explore notebooks results
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -27,7 +27,9 @@ setup: .venv/ready  ## install into .venv
 demo: .venv/ready  ## run the notebooks 00 to 05 and score the ladder, into runs/demo
 	$(BIN)/diclip demo
 
-test: .venv/ready-test  ## check style, code, parity and notebooks
+test: .venv/ready-test  ## check style, code, parity, notebooks and, in a browser, the explorers
+	@if [ "$$CI" = true ] && [ "$$(id -u)" = 0 ] && ! command -v chromium > /dev/null; then \
+		apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium; fi
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
@@ -36,6 +38,9 @@ test: .venv/ready-test  ## check style, code, parity and notebooks
 
 lab: .venv/ready  ## open JupyterLab on this machine
 	$(BIN)/jupyter lab --ip=127.0.0.1 notebooks
+
+explore: .venv/ready  ## open the explorers on this machine, as a page of their own
+	$(BIN)/voila notebooks/08_explorer.ipynb --Voila.ip=127.0.0.1 --token --progressive_rendering=True
 
 notebooks: .venv/ready  ## execute every notebook again and keep the outputs
 	$(QUIET) $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=None \
@@ -57,4 +62,5 @@ results: .venv/ready  ## measure again every number and draw again every figure 
 	$(BIN)/diclip effects --set limit=300 --json data/results/effects.json
 	$(BIN)/diclip judge --json data/results/judge.json
 	$(BIN)/diclip bench --preset voc --random-weights --json data/results/bench.json
+	$(BIN)/diclip bench --explorer --json data/results/bench-explorer.json
 	$(BIN)/python -m diclip.figures

@@ -14,7 +14,7 @@ from typing import Any
 
 from diclip import __version__
 from diclip.runs import write_json
-from diclip.settings import METHODS, PRESETS, ROOT, Settings, load_settings, shown
+from diclip.settings import METHODS, PRESETS, ROOT, Settings, load_settings, shipped_heads, shown
 
 Result = dict[str, Any]
 
@@ -40,6 +40,9 @@ def evaluate(args: argparse.Namespace) -> Result:
 
     named = {name: getattr(args, name) for name in ("method", "split", "ablate") if getattr(args, name)}
     settings = _settings(args, **named)
+    if args.trained is not None:
+        run = shipped_heads(settings) if args.trained == Path() else args.trained.absolute()
+        settings = settings.model_copy(update={"trained": run})
     if args.export:
         from diclip.export import export_voc
 
@@ -68,6 +71,10 @@ def bench(args: argparse.Namespace) -> Result:
     from diclip.bench import bench
     from diclip.runs import progress
 
+    if args.explorer:
+        from diclip.bench.explorer import bench_explorer
+
+        return bench_explorer(_settings(args), progress)
     named = {"bench_stages": args.stages} if args.stages else {}
     return bench(_settings(args, **named, **({"random_weights": True} if args.random_weights else {})), progress)
 
@@ -192,6 +199,8 @@ def parser() -> argparse.ArgumentParser:
     scored = command("evaluate", evaluate, "score a method, rung by rung")
     scored.add_argument("--method", help="the system, as --set method=…")
     scored.add_argument("--split", help="the images, as --set split=…")
+    where = "also with its trained parts: those of a run, or those that ship, as --set trained=…"
+    scored.add_argument("--trained", type=Path, nargs="?", const=Path(), metavar="RUN", help=where)
     scored.add_argument("--ablate", action="store_true", help="also without each part, as --set ablate=true")
     scored.add_argument(
         "--masks", type=Path, metavar="FOLDER", help="score these PNG or npy masks, of whomever, instead"
@@ -206,6 +215,7 @@ def parser() -> argparse.ArgumentParser:
     compared.add_argument("--rung", help="compare this rung of both (default: the last, and all of the same name)")
     timed = command("bench", bench, "time each stage, and compare it with a plain reference")
     timed.add_argument("--stages", metavar="cam,rar…", help="only these, in that order, as --set bench_stages=…")
+    timed.add_argument("--explorer", action="store_true", help="time the explorers' answers instead")
     timed.add_argument("--random-weights", action="store_true", help="as --set random_weights=true")
     model = command("pretrain", pretrain, "train one of the two embedded models")
     model.add_argument("model", choices=("clip", "diffusion"))
@@ -297,6 +307,11 @@ def brief(result: Result) -> Result:
         rows = [{"measure": name, **row} for name, row in result["difficulty"].items()]
         said = {name: result[name] for name in ("protocol", "images") if name in result}
         return {**said, "95 % bootstrap over images, and the bar to stay below": rows}
+    if "answers" in result:
+        from diclip.bench import digits
+
+        rows = [{k: digits(v) if isinstance(v, float) else v for k, v in row.items()} for row in result["answers"]]
+        return {"seconds from a choice to a picture": rows}
     if "rows" in result and "skipped" in result:
         from diclip.bench import conditions, digits
 

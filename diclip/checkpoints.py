@@ -43,6 +43,27 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{shown(path)}: holds no weights of a training ({error}): copy the file again") from None
 
 
+def find_weights(path: Path) -> Path:
+    """Return the weights' file that a path names: itself, or those that a run's folder was scored with.
+
+    Raises FileNotFoundError, in one line, for a path where nothing is.
+    """
+    if path.is_file():
+        return path
+    settings = path / "settings.json"
+    if not settings.is_file():
+        raise FileNotFoundError(f"{shown(path)}: no file of weights and no run's folder: name another, or train first")
+    which = json.loads(settings.read_text(encoding="utf-8")).get("scored_checkpoint", "last")
+    return path / "checkpoints" / which / WEIGHTS
+
+
+def ship(run: Path, path: Path) -> dict[str, Any]:
+    """Write a run's trained parts to a file in half precision, to be shipped; return what they are about."""
+    weights, about = load_weights(find_weights(run))
+    save_weights(path, {name: value.half() for name, value in weights.items()}, about)
+    return about
+
+
 def save_checkpoint(folder: Path, weights: Mapping[str, Tensor], about: Mapping[str, Any], state: Any) -> None:
     """Write weights and the state that belongs to them, of step `about["step"]`.
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from diclip import network
 from diclip.baselines import grabcut
 from diclip.cam import Maps
 from diclip.compare import save_counts
@@ -21,6 +22,7 @@ from diclip.data.voc import has_parts, part_ids
 from diclip.final import check_refinement, refiner
 from diclip.labels import BackgroundSweep, Rule, pseudo_labels, soft_labels, to_labels
 from diclip.methods import Method, Rungs, build_method
+from diclip.network import Network
 from diclip.report import recognition, report
 from diclip.runs import environment
 from diclip.score import Counts, image_counts, miou
@@ -97,8 +99,11 @@ def measure(settings: Settings, progress: Progress = silent, *, method: Method |
         for rung, maps in views(method, batch, settings):
             counter.add(rung, maps, batch, parts)
         names += batch.names
-        similarity.append(class_similarity(method, batch.images))
-        tags.append(_multi_hot(batch, len(classes)))
+        if settings.trained is None:
+            similarity.append(class_similarity(method, batch.images))
+            tags.append(_multi_hot(batch, len(classes)))
+        else:  # names are CLIP's, whatever is trained
+            counter.add_network(method, batch, parts)
     one_minus_max = counter.ledgers["one_minus_max"]
     baselines = {"grabcut": count_grabcut(settings, progress)} if settings.baselines else {}
     return Evaluation(
@@ -112,8 +117,8 @@ def measure(settings: Settings, progress: Progress = silent, *, method: Method |
         tuned=counter.ledgers["fixed"],
         one_minus_max=one_minus_max,
         baselines=baselines | {name: one_minus_max[name] for name in method.baselines},
-        similarity=np.concatenate(similarity),
-        tags=np.concatenate(tags),
+        similarity=np.concatenate(similarity) if similarity else None,
+        tags=np.concatenate(tags) if tags else None,
         tallies=counter.tallies,
         sure=counter.sure.get("sure"),
     )
@@ -126,7 +131,8 @@ class _Counter:
         self.settings, self.method, self.dataset, self.background = settings, method, dataset, background
         self.classes = len(dataset.class_names)
         by_pixels = () if settings.refine == "none" else (settings.refine,)
-        self.ladder = (*method.raw, *method.refined, *by_pixels)
+        self.trained = (network.RUNG,) if settings.trained else ()
+        self.ladder = (*method.raw, *method.refined, *self.trained, *by_pixels)
         self.ledgers = {rule: Ledger(self.classes) for rule in ("fixed", "one_minus_max")}
         self.tallies = {name: Tally(self.classes) for name in self.ladder}
         self.sure = Ledger(self.classes)
@@ -141,8 +147,21 @@ class _Counter:
                     ledger.add(rung, self.tallies[rung].add(mask.cpu(), truth, ids))
                 else:
                     ledger.add(rung, image_counts(mask.cpu(), truth, num_classes=self.classes))
-        if rung == (*self.method.raw, *self.method.refined)[-1]:
+        if rung == (*self.method.raw, *self.method.refined)[-1] and not self.trained:
             self.finish(rung, maps, batch, parts)
+
+    def add_network(self, system: Network, batch: Batch, parts: Sequence[torch.Tensor | None]) -> None:
+        """Count what a trained network says without tags, plain and as the settings refine it."""
+        scores = network.probabilities(system, batch, self.settings)
+        found = {network.RUNG: scores}
+        if self.settings.refine != "none":
+            found[self.settings.refine] = list(refiner(self.settings, self.dataset, batch.names)(scores))
+        for rung, own in found.items():
+            for mask, truth, ids in zip(network.masks(own), batch.masks, parts, strict=True):
+                self.ledgers["one_minus_max"].add(rung, self.tallies[rung].add(mask.cpu(), truth, ids))
+        if confidence := self.settings.confidence:
+            for mask, truth in zip(network.masks(own, confidence=confidence), batch.masks, strict=True):
+                self._add_sure(mask.cpu(), truth)
 
     def finish(self, rung: str, maps: Maps, batch: Batch, parts: Sequence[torch.Tensor | None]) -> None:
         """Count the last rung's labels after refinement by pixels, and the sure ones alone, as the settings ask for."""
@@ -156,9 +175,11 @@ class _Counter:
                 counts = self.tallies[chosen.refine].add(to_labels(scores, label).cpu(), truth, ids)
                 self.ledgers["one_minus_max"].add(chosen.refine, counts)
             if chosen.confidence:
-                mask = to_labels(scores, label, confidence=chosen.confidence).cpu()
-                truth = truth.masked_fill(mask == VOID, VOID)
-                self.sure.add("sure", image_counts(mask, truth, num_classes=self.classes))
+                self._add_sure(to_labels(scores, label, confidence=chosen.confidence).cpu(), truth)
+
+    def _add_sure(self, mask: torch.Tensor, truth: torch.Tensor) -> None:
+        truth = truth.masked_fill(mask == VOID, VOID)
+        self.sure.add("sure", image_counts(mask, truth, num_classes=self.classes))
 
 
 def own_rule(method: Method, rung: str) -> Rule:

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Subset
 
+from diclip import network
 from diclip.data import Batch, open_dataset
 from diclip.data.minivoc import save_mask
 from diclip.data.voc import VOCFolder
 from diclip.evaluate import Progress, choose_background, loader, own_rule, silent
 from diclip.final import check_refinement, refiner
-from diclip.labels import pseudo_labels
+from diclip.labels import Rule, pseudo_labels
 from diclip.methods import Method, build_method
 from diclip.report import protocol
 from diclip.runs import create_run, environment, replacing
@@ -57,18 +58,22 @@ def export_voc(
     if dataset.class_names != VOC_CLASSES:
         raise ValueError(f"{settings.dataset} has {len(dataset.class_names)} classes of its own, expected VOC's 20")
     method = method or build_method(settings)
-    ladder = (*method.raw, *method.refined)
+    ladder = (*method.raw, *method.refined, *([network.RUNG] if settings.trained else []))
     rung = rung or ladder[-1]
     if rung not in ladder:
         raise ValueError(f"rung is {rung!r}, expected one of {', '.join(ladder)}")
-    rule = own_rule(method, rung)
+    rule: Rule = "one_minus_max" if rung == network.RUNG else own_rule(method, rung)
     inside = Path("results/VOC2012/Segmentation") / f"comp6_{settings.split}_cls"
     with create_run(folder, settings, free=FREE, also={"rung": rung}):
         score = choose_background(settings, method, progress)[rung] if rule == "fixed" else 0.0
         for batch in progress(_missing(folder / inside, dataset, settings), desc=f"predict {settings.split}"):
-            maps = dict(views(method, batch, settings))[rung]
             refine = refiner(settings, dataset, batch.names)
-            masks = pseudo_labels(maps, batch.sizes, rule=rule, score=score, restretch=method.restretch, refine=refine)
+            if rung == network.RUNG:
+                masks = network.masks(network.probabilities(method, batch, settings, refine=refine))
+            else:
+                maps = dict(views(method, batch, settings))[rung]
+                how = {"rule": rule, "score": score, "restretch": method.restretch, "refine": refine}
+                masks = pseudo_labels(maps, batch.sizes, **how)
             for name, mask in zip(batch.names, masks, strict=True):
                 with replacing(_png(folder / inside, name)) as temporary:
                     save_mask(temporary, mask.cpu().numpy().astype(np.uint8))

@@ -44,8 +44,11 @@ class System(Protocol):
     def cam(self, batch: Batch) -> Maps:
         """Return the maps that the labels are made of."""
 
-    def pseudo_labels(self, batch: Batch, step: int) -> Tensor:
-        """Return what the network learns from at a step, (B, S, S) int64, 0 background, 255 void."""
+    def compared_labels(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Return "training-free labels" and "pseudo labels", what the network learns from at a step.
+
+        Both are (B, S, S) int64, 0 background, 255 void.
+        """
 
 
 def start(settings: Settings) -> Accelerator:

@@ -200,6 +200,30 @@ def curves(
     return figure
 
 
+def lines(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, xlabel: str, ylabel: str) -> Figure:
+    """Show one line a series, each (x, y) of its own."""
+    figure = Figure(figsize=(7.2, 3.6), layout="constrained", dpi=100)
+    axis = figure.subplots()
+    for colour, (name, (x, y)) in zip(COLOURS, series.items(), strict=False):
+        axis.plot(x, y, color=colour, label=name, marker="o" if len(x) < 30 else None, markersize=3)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    _tidy(axis, legend=True)
+    return figure
+
+
+def scatter(x: Any, y: Any, *, xlabel: str, ylabel: str, marked: int | None = None) -> Figure:
+    """Show pairs of per cent as points beside the diagonal, one of them `marked`."""
+    figure = Figure(figsize=(3.2, 3.2), layout="constrained", dpi=100)
+    axis = figure.subplots()
+    axis.plot((0, 100), (0, 100), color="0.7", linewidth=1)
+    axis.scatter(x, y, s=5, color=COLOURS[0], alpha=0.4, linewidths=0)
+    if marked is not None:
+        axis.scatter(x[marked], y[marked], s=36, facecolor="none", edgecolor=COLOURS[3], linewidths=1.5)
+    axis.set(xlabel=xlabel, ylabel=ylabel, xlim=(0, 100), ylim=(0, 100), aspect="equal")
+    _tidy(axis, legend=False)
+    return figure
+
+
 def bars(
     values: Mapping[str, float],
     *,

@@ -8,7 +8,7 @@ import numpy as np
 
 from diclip.final import refinement
 from diclip.score import Counts, interval, miou, paired_interval, summary, tag_average_precision
-from diclip.settings import Settings
+from diclip.settings import Settings, shown
 from diclip.tally import extremes
 
 if TYPE_CHECKING:
@@ -100,7 +100,8 @@ def protocol(settings: Settings, versions: dict[str, Any], *, images: int, masks
     chosen = f"{settings.tune_split}{own}, for background scores"
     return {
         **where,
-        "tags": "given",
+        "tags": "given to maps, not to the network" if settings.trained else "given",
+        **({"trained": shown(settings.trained)} if settings.trained else {}),
         "scales": f"{', '.join(f'{scale:g}' for scale in settings.scales)} of {settings.image_size} px",
         "flip": settings.flip_join if settings.flip else "no",
         **refinement(settings),

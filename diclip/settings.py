@@ -176,9 +176,12 @@ class Settings(BaseModel):
     adapter_dropout: float = Field(0.1, ge=0, lt=1, description="share of the adapter's values dropped in training")
     adapter_weight: float = Field(0.1, ge=0, description="weight of the adapter's loss")
     adapter_strength: float = Field(0.1, ge=0, description="weight of the adapter in the trained maps")
+    train_caa: bool = Field(True, description="spread the labels of a training by CAA")
     train_rar_rounds: int = Field(5, ge=0, description="RAR's steps, for the labels of a training")
     par_rounds: int = Field(20, ge=0, description="rounds of pixel-adaptive refinement, for ExCEL's labels")
     par_image: Literal["exact", "truncated"] = Field("exact", description="its pixels; truncated: up to a 255th darker")
+
+    trained: Folder | None = Field(None, description="trained parts: a run's folder, or a file; none: without training")
 
     scales: Scales = Field((1.0,), description="sizes that maps are averaged over, of image_size")
     flip: bool = Field(False, description="also look at mirror images")
@@ -196,9 +199,10 @@ class Settings(BaseModel):
     max_minutes: float = Field(0, ge=0, description="stop a training after that time, to be resumed; 0: never")
 
     train_split: str = Field("train", pattern=r"^[\w-]+$", description="images that a network is trained on")
+    train_images: int = Field(0, ge=0, description="take only the first images of train_split; 0 takes all")
     val_split: str = Field("val", pattern=r"^[\w-]+$", description="images that a trained network is reported on")
     warmup_iters: int = Field(20, ge=0, description="steps in which the learning rate grows; then it falls to zero")
-    learning_rate: float = Field(2e-3, gt=0, description="the largest learning rate")
+    learning_rate: float = Field(5e-3, gt=0, description="the largest learning rate")
     weight_decay: float = Field(1e-2, ge=0, description="AdamW's weight decay")
     train_batch: int = Field(4, ge=1, description="crops of a step, of all processes and accumulated parts together")
     accumulate: int = Field(1, ge=1, description="parts that a step's crops are taken in, for less memory")
@@ -273,6 +277,7 @@ _PAR: dict[str, Any] = {"par_dilations": (1, 2, 4, 8, 12, 24)}
 _TRAINING: dict[str, Any] = {
     "max_iters": 20_000,
     "warmup_iters": 50,
+    "learning_rate": 2e-3,
     "validate_every": 2000,
     "validate_images": 500,
     "save_every": 500,
@@ -357,7 +362,7 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
         "coco": {"pixel_norm": "clip", "tau_box": 0.7, "caa_layers": 8},
     },
     "excel": {
-        "mini": {"attention": "qkv", "surgery_blocks": 3, **_SWITCH_EXCEL_VOC},
+        "mini": {"attention": "qkv", "surgery_blocks": 3, "train_caa": False, **_SWITCH_EXCEL_VOC},
         "voc": {
             "attention": "qkv",
             "surgery_blocks": 5,
@@ -369,7 +374,7 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
     },
     # On VOC the defaults: the decoder's pairs from step 4,000 of 20,000, the adapter from the first.
     "diclip": {
-        "mini": {"caa_layers": 2, "rar_rounds": 3},
+        "mini": {"caa_layers": 2, "rar_rounds": 3, "train_caa": False, "train_rar_rounds": 1},
         "coco": {"affinity_from": 0.4, "dynamic_from": 0.6, "own_labels_from": 0.8},
     },
 }
@@ -389,6 +394,11 @@ def load_settings(preset: str = "mini", **overrides: Any) -> Settings:
         return Settings(preset=preset, **{**PRESETS[preset], **chosen, **overrides})
     except ValidationError as error:
         raise ValueError("; ".join(map(_explain, error.errors()))) from None
+
+
+def shipped_heads(settings: Settings) -> Path:
+    """Return where the trained parts lie that ship with a preset's method."""
+    return ROOT / "data" / settings.preset / "heads" / f"{settings.method}.safetensors"
 
 
 def for_method(settings: Settings, method: str) -> Settings:

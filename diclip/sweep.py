@@ -23,7 +23,10 @@ from diclip.runs import locked, write_json
 from diclip.score import Counts, miou, paired_interval
 from diclip.settings import ROOT, Folder, load_settings, shown
 
-MEASURED = ("val_miou", "pseudo_miou", "full_supervision_miou", "seconds", "peak_mb")
+MEASURED = ("val_miou", "pseudo_miou", "training_free_miou", "full_supervision_miou", "seconds", "peak_mb")
+
+
+TAUGHT = ("method", "supervision", "train_images", "split")
 
 
 class Sweep(BaseModel):
@@ -115,7 +118,8 @@ def _row(variant: str, name: str, folder: Path, state: str, reason: str | None) 
     row = {"variant": variant, "run": name, "state": state, **({"reason": reason} if reason else {})}
     metrics = next((path for path in (folder / "metrics.json", *folder.glob("*/metrics.json")) if path.exists()), None)
     found = json.loads(metrics.read_text(encoding="utf-8")) if metrics and state == "finished" else {}
-    return {**row, **{name: found.get(name) for name in MEASURED}}
+    said = {**found.get("settings", {}), **found.get("protocol", {}), **found}
+    return {**row, **{name: said.get(name) for name in (*TAUGHT, *MEASURED)}}
 
 
 def _execute(folder: Path, given: dict[str, Any], notebook: str | None) -> tuple[str, str | None]:
@@ -139,11 +143,17 @@ def _execute(folder: Path, given: dict[str, Any], notebook: str | None) -> tuple
 
 
 def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return of each variant the mean of what was measured over its finished runs, with standard deviations (n - 1)."""
+    """Return of each variant what it learned from, and the mean of what was measured over its finished runs.
+
+    Standard deviations (n - 1) are named ± and the number's name.
+    """
     found = []
     for variant in dict.fromkeys(row["variant"] for row in rows):
         mine = [row for row in rows if row["variant"] == variant and row["state"] == "finished"]
         line: dict[str, Any] = {"variant": variant, "runs": len(mine)}
+        for name in TAUGHT:  # None where runs differ
+            values = {row.get(name) for row in mine}
+            line[name] = values.pop() if len(values) == 1 else None
         for name in MEASURED:
             values = [row[name] for row in mine if row[name] is not None]
             mean = sum(values) / len(values) if values else None

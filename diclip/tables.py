@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diclip.bench import bench_table
+from diclip.bench.explorer import explorer_table
 from diclip.runs import replacing
 from diclip.settings import ROOT, shown
 
@@ -154,9 +155,64 @@ def _gain(value: float, interval: Sequence[float]) -> str:
     return f"{value:+.1f} ({interval[0]:+.1f} to {interval[1]:+.1f})"
 
 
+def training_table(results: Path = RESULTS) -> str:
+    """Lay out what networks reach that need no tags: labels and network as means ± deviations over seeds.
+
+    The ceiling is the network that learned from the true masks of the most images.
+    """
+    found = read("training", results)["means"]
+    masks = [line for line in found if line["supervision"] == "masks"]
+    ceiling = max(masks, key=lambda line: line["train_images"])["val_miou"]
+    titles = ("learned from", "its labels, nothing learned", "its labels, given tags", "network, no tags")
+    lines = [row("", *titles, "of its ceiling", "seconds"), "|---|" + "---|" * 6]
+    for line in found:
+        name = f"`{line['method']}`" if line["supervision"] == "tags" else "the same decoder"
+        taught = f"{line['supervision']} of {line['train_images']} images, {line['runs']} seeds"
+        reached = (deviating(line, rung) for rung in ("training_free_miou", "pseudo_miou", "val_miou"))
+        lines.append(row(name, taught, *reached, f"{100 * line['val_miou'] / ceiling:.0f} %", f"{line['seconds']:.0f}"))
+    return "\n".join(lines)
+
+
+ABLATIONS = {
+    "whole": "DiCLIP",
+    "without_vce": "without the diffusion's correlation (VCE)",
+    "without_tsa": "without the memory and its adapter (TSA)",
+    "without_both": "without both",
+    "with_caa": "labels spread by CAA and five rounds of RAR, as published",
+    "parity": "with the released code's ways",
+}
+
+
+def ablations_table(results: Path = RESULTS) -> str:
+    """Lay out what a training loses without DiCLIP's parts: means ± deviations over seeds, paired differences."""
+    found = read("ablations", results)
+    (differences,) = (value for name, value in found.items() if name.startswith("B - A"))
+    against = {line["B is"]: line for line in differences}
+    lines = [row("", "its labels, given tags", "network, no tags", "difference of the networks"), "|---|---|---|---|"]
+    for line in found["means"]:
+        other = against.get(line["variant"])
+        gain = _gain(other["B - A"], (other["low"], other["high"])) if other else "–"
+        reached = (deviating(line, rung) for rung in ("pseudo_miou", "val_miou"))
+        lines.append(row(ABLATIONS[line["variant"]], *reached, gain))
+    return "\n".join(lines)
+
+
+def deviating(line: dict[str, Any], name: str) -> str:
+    """Write a mean of a sweep with its standard deviation over runs."""
+    mean, deviation = line[name], line[f"± {name}"]
+    if mean is None:
+        return "–"
+    return f"{mean:.1f}" if deviation is None else f"{mean:.1f} ± {deviation:.1f}"
+
+
 def speed_table(results: Path = RESULTS) -> str:
     """Lay out what `diclip bench` measured at real size."""
     return bench_table(read("bench", results))
+
+
+def answers_table(results: Path = RESULTS) -> str:
+    """Lay out how soon the explorers answer."""
+    return explorer_table(read("bench-explorer", results))
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -164,7 +220,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "systems": systems_table,
     "diclip": diclip_table,
     "effects": effects_table,
+    "training": training_table,
+    "ablations": ablations_table,
     "speed": speed_table,
+    "explorer": answers_table,
 }
 
 

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from diclip.checkpoints import WEIGHTS, forget, load_checkpoint, load_weights, save_checkpoint, save_weights
-from diclip.data import open_dataset
-from diclip.data.crops import crop_batches
+from diclip.data import Batch, open_dataset
+from diclip.data.crops import crop_batches, training_images
 from diclip.evaluate import Evaluation, Progress, silent
 from diclip.learner import Learner, System, own_chance, start
 from diclip.runs import create_run, is_finished, write_json
@@ -31,6 +32,21 @@ Watch = Callable[[dict[str, Any], System], None]
 
 FREE = ("batch_size", "data_root", "device", "max_minutes", "reference_run", "run_dir", "workers")
 """Settings that may differ when a training is resumed: what it computes does not depend on them."""
+
+
+LEARNED = (
+    "supervision",
+    "decoder_tokens",
+    "decoder_width",
+    "decoder_heads",
+    "decoder_layers",
+    "pair_mean",
+    "affinity_from",
+    "dynamic_from",
+    "adapter_slots",
+    "adapter_strength",
+)
+"""Settings that weights remember: without them they would be read wrongly."""
 
 
 @dataclass
@@ -158,16 +174,19 @@ class Training:
         which = f"best on {s.tune_split}, step {at.best_step}" if chosen == "best" else f"last, step {at.step}"
         result = write_evaluation(found, s.run_dir / "val.json", checkpoint=which)
         write_json(s.run_dir / "val.json", result)
-        network, labels = (_spread(found, name) for name in ("network", "pseudo labels"))
+        rungs = ("network", "pseudo labels", "training-free labels")
+        network, labels, static = (_spread(found, name) for name in rungs)
         return {
             "val_miou": network[0],
             "val_interval": network[1],
             "pseudo_miou": labels[0],
             "pseudo_interval": labels[1],
+            "training_free_miou": static[0],
             "full_supervision_miou": network[0] if s.supervision == "masks" else self.reference,
             "tune_miou": round(at.best, 2) if at.best_step else None,
             "best_step": at.best_step or None,
             "protocol": result["protocol"],
+            "train_images": len(training_images(s)),
             "steps": at.step,
             "seconds": round(at.seconds, 1),
             "images_per_second": round(at.step * s.train_batch / max(at.seconds - at.judging, 1e-9), 2),
@@ -178,9 +197,10 @@ class Training:
         }
 
     def _score(self, settings: Settings, *, pseudo: bool = False) -> Evaluation:
-        predict = {"network": lambda batch: self.system.segment(batch.images)}
-        if pseudo:
-            predict = {"pseudo labels": lambda batch: self.system.pseudo_labels(batch, self.reached.step), **predict}
+        def predict(batch: Batch) -> dict[str, Tensor]:
+            labels = self.system.compared_labels(batch, self.reached.step) if pseudo else {}
+            return {**labels, "network": self.system.segment(batch.images)}
+
         with self._frozen():
             return count_masks(
                 settings,
@@ -211,7 +231,8 @@ class Training:
 
     def _about(self) -> dict[str, Any]:
         s = self.settings
-        return {"method": s.method, "preset": s.preset, "supervision": s.supervision, "step": self.reached.step}
+        shape = {name: getattr(s, name) for name in LEARNED}
+        return {"method": s.method, "preset": s.preset, "step": self.reached.step, **shape}
 
     def _log(self, record: dict[str, Any]) -> None:
         if self.first:

@@ -36,12 +36,13 @@ def views(method: Rungs, batch: Batch, settings: Settings) -> Iterator[tuple[str
         yield name, average(found)
 
 
-def resized(images: Tensor, scale: float, *, step: int) -> Tensor:
+def resized(images: Tensor, scale: float, *, step: int | tuple[int, int]) -> Tensor:
     """Resize images (B, 3, H, W) to `scale` times their sides, rounded to multiples of `step`, but one at least.
 
     Bilinear, without antialiasing, from the size that they were squashed to.
     """
-    size = [step * max(1, round(side * scale / step)) for side in images.shape[2:]]
+    steps = (step, step) if isinstance(step, int) else step
+    size = [step * max(1, round(side * scale / step)) for side, step in zip(images.shape[2:], steps, strict=True)]
     return images if scale == 1 else F.interpolate(images, size=size, mode="bilinear", align_corners=False)
 
 

@@ -19,13 +19,13 @@ from diclip.score import Counts, image_counts
 from diclip.settings import Settings
 from diclip.tally import Rows, dense_of, rows_of
 
-Predict = Callable[[Batch], Tensor]
-"""Returns label images (B, h, w) int64 of a batch, or logits (B, 1 + C, h, w)."""
+Predict = Callable[[Batch], dict[str, Tensor]]
+"""Returns of a batch label images (B, h, w) int64, or logits (B, 1 + C, h, w), by name: always the same names."""
 
 
 def count_masks(
     settings: Settings,
-    predict: dict[str, Predict],
+    predict: Predict,
     *,
     device: torch.device,
     rank: int = 0,
@@ -33,7 +33,7 @@ def count_masks(
     gather: Callable[[list[Any]], list[Any]] = lambda own: own,
     progress: Progress = silent,
 ) -> Evaluation:
-    """Count what each of several predictors says of the settings' split, at each image's own size.
+    """Count what a predictor says of the settings' split, at each image's own size.
 
     Process `rank` of `processes` counts every n-th image; `gather` returns the lists of all of them, joined.
     """
@@ -43,25 +43,26 @@ def count_masks(
     )
     whole = open_dataset(settings)
     classes = whole.class_names
-    rows: dict[str, list[Rows]] = {name: [] for name in predict}
+    rows: dict[str, list[Rows]] = {}
     index = rank
     for batch in progress(loader(open_dataset(mine), mine), desc=f"score on {settings.split}"):
         moved = replace(batch, images=batch.images.to(device))
-        found = {name: call(moved) for name, call in predict.items()}
+        found = predict(moved)
         for number, truth in enumerate(batch.masks):
             for name, predicted in found.items():
                 mask = at_size(predicted[number], tuple(truth.shape)).cpu()
                 counts = image_counts(mask, truth, num_classes=len(classes))
-                rows[name].append(rows_of(counts[None], first=index))
+                rows.setdefault(name, []).append(rows_of(counts[None], first=index))
             index += processes
     joined = gather([rows])
-    counts = {name: _dense([part[name] for part in joined], len(whole), len(classes)) for name in predict}
+    names = next(filter(None, joined), {})  # a process may have had no image
+    counts = {name: _dense([part.get(name, []) for part in joined], len(whole), len(classes)) for name in names}
     return Evaluation(
         settings=settings,
         names=list(whole.names),
         classes=classes,
-        ladder=tuple(predict),
-        refined=tuple(predict),
+        ladder=tuple(counts),
+        refined=tuple(counts),
         ablations=(),
         background={},
         tuned={},

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diclip.data.crops import Crops, Share, Steps, crop_batches, filled, padded
+from diclip.data.crops import Crops, Share, Steps, crop_batches, filled, padded, training_images
 from diclip.data.voc import VOCFolder
 from diclip.settings import load_settings
 
@@ -130,3 +130,15 @@ def test_a_later_start_sees_the_batches_of_an_earlier_one(tiny_world):
     assert len(whole) == 4 and len(rest) == 2
     for expected, found in zip(whole[2:], rest, strict=True):
         assert found.images.equal(expected.images) and found.names == expected.names
+
+
+def test_only_the_first_images_are_taken(tiny_world):
+    common = {"data_root": str(tiny_world), "image_size": 64, "max_iters": 6, "train_batch": 2}
+    settings = load_settings(train_split="val", split="tune", limit=1, **common)
+    everything = training_images(settings).names
+    assert len(everything) == 6  # split and limit are of what is scored
+    few = settings.model_copy(update={"train_images": 2})
+    assert training_images(few).names == everything[:2]
+    for supervision in ("tags", "masks"):
+        batches = crop_batches(few.model_copy(update={"supervision": supervision}), Share(2))
+        assert {name for batch in batches for name in batch.names} == set(everything[:2])

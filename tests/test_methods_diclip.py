@@ -227,13 +227,14 @@ def test_what_does_not_fit_is_said_in_one_line(parts, tiny_clip, tmp_path):
     clip, diffusion, memory = parts
     other = Memory(memory.keys, memory.values, ("zebra", *VOC_CLASSES[1:]))
     turned = Memory(memory.keys, memory.values, VOC_CLASSES[::-1])
+    forgetful = DiCLIP(load_settings(), clip, diffusion, None)
     narrow = Memory(memory.keys[:, :100], memory.values, VOC_CLASSES)
     settings = {"method": "diclip", "clip_model": str(tiny_clip), "device": "cpu"}
     for call, message in (
         (lambda: DiCLIP(load_settings(), clip, diffusion, other), r"other classes \(aeroplane, zebra …\): build one"),
         (lambda: DiCLIP(load_settings(), clip, diffusion, turned), "the classes in another order: build one"),
         (lambda: rungs((clip, diffusion, narrow), batch()), "all of one width"),
-        (lambda: rungs((clip, diffusion, None), batch()), "no memory to retrieve from: build one"),
+        (lambda: forgetful.map(forgetful.look(batch()), batch()), "no memory to retrieve from: build one"),
         (lambda: rungs(parts, batch(), coarse_heads="4"), "0 to 1"),
         (lambda: rungs(parts, batch(), fine_layer="mid_block"), "no self-attention"),
         (lambda: rungs(parts, batch(), diffusion_timesteps="1000"), "0 to 999"),
@@ -242,3 +243,22 @@ def test_what_does_not_fit_is_said_in_one_line(parts, tiny_clip, tmp_path):
         with pytest.raises(ValueError, match=message) as error:
             call()
         assert "\n" not in str(error.value)
+
+
+def test_without_a_memory_it_is_what_is_left(parts, tiny_clip, tiny_diffusion, tiny_memory):
+    clip, diffusion, memory = parts
+    own, whole = rungs((clip, diffusion, None), batch()), rungs(parts, batch())
+    assert set(whole) - set(own) == {"tsa", "without_tsa"}
+    for name in ("vce", "clip_rar", "without_vce"):
+        theirs = {"without_vce": load_settings(memory_weight=0)}.get(name)
+        expected = whole[name] if theirs is None else rungs(parts, batch(), memory_weight=0)[name]
+        torch.testing.assert_close(own[name].scores, expected.scores, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(own["rar"].scores, whole["without_tsa"].scores, atol=1e-5, rtol=1e-4)
+
+
+def test_classes_of_ones_own_have_no_memory(tiny_clip, tiny_diffusion, tiny_memory):
+    models = {"clip_model": str(tiny_clip), "diffusion_model": str(tiny_diffusion), "memory": str(tiny_memory)}
+    settings = load_settings(method="diclip", device="cpu", **models)
+    own = build_method(settings, vocabulary=settings.vocabulary(("lamb", "boat")))
+    assert own.vocabulary.classes == ("lamb", "boat") and own.raw == ("clip", "intra", "vce") and own.memory is None
+    assert build_method(settings, vocabulary=settings.vocabulary()).raw[-1] == "tsa"

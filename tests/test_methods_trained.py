@@ -86,18 +86,15 @@ def by_hand(system: System, given: Batch, step: int) -> tuple[Tensor, dict[str, 
             cam = fuse(cam, found, weight=settings.memory_weight)
     maps = pack(cam.unflatten(-1, GRID), given.tags)
     learned = affinity.detach() if late else None
-    maps = caa(
-        maps,
-        encoded.attention,
-        layers=min(settings.caa_layers, len(clip.blocks)),
-        threshold=settings.tau_box,
-        affinity=learned,
-    )
+    if settings.train_caa:
+        layers = min(settings.caa_layers, len(clip.blocks))
+        maps = caa(maps, encoded.attention, layers=layers, threshold=settings.tau_box, affinity=learned)
     if settings.method == "diclip":
         maps = rar(maps, fine, rounds=settings.train_rar_rounds, grid=fine_grid)
         labels = torch.stack(pseudo_labels(maps, [SIZE] * len(given), restretch=True))
     else:
-        refine = {"refine": lambda scores: par(scores, given.images, iterations=settings.par_rounds)}
+        how = {"iterations": settings.par_rounds, "dilations": settings.par_dilations}
+        refine = {"refine": lambda scores: par(scores, given.images, **how)}
         labels = torch.stack(pseudo_labels(maps, [SIZE] * len(given), **refine))
     own = labels
     if step >= 8:
@@ -113,11 +110,12 @@ def by_hand(system: System, given: Batch, step: int) -> tuple[Tensor, dict[str, 
     return labels, losses
 
 
+@pytest.mark.parametrize("train_caa", [True, False])
 @pytest.mark.parametrize("method", METHODS)
-def test_steps_by_hand(make, method):
+def test_steps_by_hand(make, method, train_caa):
     """Before the switches, after them, and when pairs follow the decoder's own labels."""
     switches = {"affinity_from": 0.5, "dynamic_from": 0.5, "own_labels_from": 0.8}
-    system, given = make(method, pair_weight=0.2, adapter_weight=0.3, **switches), batch()
+    system, given = make(method, pair_weight=0.2, adapter_weight=0.3, train_caa=train_caa, **switches), batch()
     seen = []
     for step in (4, 5, 8):
         labels, losses = by_hand(system, given, step)
@@ -127,6 +125,18 @@ def test_steps_by_hand(make, method):
         torch.testing.assert_close(system.loss(given, step=step), losses, rtol=0.02, atol=1e-3)
         seen.append((found, losses["div"].item()))
     assert not seen[0][0].equal(seen[1][0]) and seen[1][1] != pytest.approx(seen[2][1], abs=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_labels_with_and_without_what_is_learnt(make, method):
+    """Compare both with systems that use what is learnt at once, and never."""
+    given, own = batch(), {"adapter_strength": 3, "train_caa": True}
+    system = make(method, affinity_from=0, dynamic_from=0, **own)
+    found = system.compared_labels(given, 9)
+    assert found["pseudo labels"].equal(system.pseudo_labels(given, 9))
+    never = make(method, affinity_from=1, dynamic_from=1, **own)
+    assert found["training-free labels"].equal(never.pseudo_labels(given, 9))
+    assert not found["training-free labels"].equal(found["pseudo labels"])
 
 
 @pytest.mark.parametrize("method", METHODS)

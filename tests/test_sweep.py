@@ -48,7 +48,9 @@ def trainings(monkeypatch):
             stdout.write("diclip: the disk is full\n")
             return SimpleNamespace(returncode=2)
         score = 40 + 2 * given["seed"] + 5 * ("bias_strength" not in given)
-        (folder / "metrics.json").write_text(json.dumps({"val_miou": score, "pseudo_miou": None, "seconds": 9.0}))
+        own = {"settings": {"supervision": "tags", "method": given["method"]}, "train_images": 10 + given["seed"]}
+        measured = {"val_miou": score, "pseudo_miou": None, "seconds": 9.0}
+        (folder / "metrics.json").write_text(json.dumps({**own, **measured}))
         (folder / "finished.json").write_text("{}")
         return SimpleNamespace(returncode=0)
 
@@ -76,6 +78,7 @@ def test_failed_runs_are_listed_and_run_again_finished_ones_skipped(file, traini
     assert [row["val_miou"] for row in found["runs"]] == [45, 47, 40, 42]
     whole, without = found["means"]
     assert (whole["variant"], whole["runs"], whole["val_miou"]) == ("whole", 2, 46)
+    assert (whole["method"], whole["supervision"], whole["train_images"]) == ("diclip", "tags", None)
     assert whole["± val_miou"] == pytest.approx(2**0.5) and without["val_miou"] == 41 and whole["pseudo_miou"] is None
     run_sweep(file)
     assert len(trainings.arguments) == 5

@@ -81,6 +81,7 @@ def test_a_training_learns_and_leaves_its_record(chosen, tmp_path):
     assert (
         found["images_per_second"] > 30 * 4 / found["seconds"] > 0
         and found["peak_mb"] > 0
+        and found["train_images"] == 8
         and load_settings(**found["settings"]) == settings
     )
     assert json.loads((tmp_path / "run/metrics.json").read_text()) == found

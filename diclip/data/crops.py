@@ -136,6 +136,12 @@ def filled(mask: Tensor) -> bool:
     return not len(counts) or bool(counts.max() >= 0.75 * counts.sum())
 
 
+def training_images(settings: Settings, *, masks: bool = False) -> VOCFolder:
+    """Open what a network is trained on: the first `train_images` of `train_split`, or all; `masks` reads them too."""
+    changes = {"split": settings.train_split, "limit": settings.train_images, "shard_index": 0, "num_shards": 1}
+    return open_dataset(settings.model_copy(update=changes), masks=masks)
+
+
 def crop_batches(settings: Settings, share: Share, *, first: int = 0) -> DataLoader[Batch]:
     """Return a loader of the crops that a process trains on, `share.accumulate` batches for each step from `first` on.
 
@@ -143,8 +149,7 @@ def crop_batches(settings: Settings, share: Share, *, first: int = 0) -> DataLoa
     cannot be read.
     """
     keep = settings.supervision == "masks"
-    changes = {"split": settings.train_split, "limit": 0, "shard_index": 0, "num_shards": 1}
-    source = open_dataset(settings.model_copy(update=changes), masks=keep or settings.parity_crops_see_masks)
+    source = training_images(settings, masks=keep or settings.parity_crops_see_masks)
     crops = Crops(
         source,
         settings.image_size,

@@ -10,6 +10,7 @@ from diclip.clip import DenseCLIP, load_clip
 from diclip.data import Batch, dataset_vocabulary
 from diclip.runs import pick_device
 from diclip.settings import Settings
+from diclip.vocabulary import Vocabulary
 
 
 class Rungs(Protocol):
@@ -44,35 +45,46 @@ def build_clip(settings: Settings) -> DenseCLIP:
     )
 
 
-def build_method(settings: Settings, clip: DenseCLIP | None = None) -> Method:
+def build_method(settings: Settings, clip: DenseCLIP | None = None, *, vocabulary: Vocabulary | None = None) -> Method:
     """Build the system that the settings name, on the CLIP that they name unless one is given.
 
-    Raises ValueError, in one line, for weights that are absent or damaged and for a device that is not there.
+    With `trained` in the settings it is a `diclip.methods.trained.System`, which segments without tags too. A
+    `vocabulary` stands in for the dataset's: classes of one's own. DiCLIP then leaves its memory out, which knows other
+    classes. Raises ValueError, in one line, for weights that are absent or damaged, for a device that is not there, and
+    for trained parts and a vocabulary together.
     """
+    if settings.trained is not None:
+        if vocabulary is not None:
+            raise ValueError("trained parts know the classes that they learned: leave `trained` or the words out")
+        from diclip.methods.trained import load_system
+
+        return load_system(settings, clip)
     # Small files come first: a typo in a name must not cost the time that models take to load.
     if settings.method == "excel":
         from diclip.attributes import read_attributes
 
-        attributes = read_attributes(settings.attributes, dataset_vocabulary(settings).classes)
+        attributes = read_attributes(settings.attributes, (vocabulary or dataset_vocabulary(settings)).classes)
     if settings.method == "diclip":
         from diclip.memory import Memory
 
         memory = Memory.load(settings.memory)
+        if vocabulary and vocabulary.classes != memory.classes:
+            memory = None
     clip = clip or build_clip(settings)
     if settings.method == "clip":
         from diclip.methods.clip import PlainCLIP
 
-        return PlainCLIP(settings, clip)
+        return PlainCLIP(settings, clip, vocabulary=vocabulary)
     if settings.method == "excel":
         from diclip.methods.excel import ExCEL
 
-        return ExCEL(settings, clip, attributes=attributes)
+        return ExCEL(settings, clip, vocabulary=vocabulary, attributes=attributes)
     if settings.method == "clip-es":
         from diclip.methods.clip_es import CLIPES
 
-        return CLIPES(settings, clip)
+        return CLIPES(settings, clip, vocabulary=vocabulary)
     from diclip.diffusion import load_diffusion
     from diclip.methods.diclip import DiCLIP
 
     diffusion = load_diffusion(settings.diffusion_model, device=pick_device(settings.device))
-    return DiCLIP(settings, clip, diffusion, memory)
+    return DiCLIP(settings, clip, diffusion, memory, vocabulary=vocabulary)

@@ -40,8 +40,9 @@ class DiCLIP(PlainCLIP):
     generated pictures joins the texts), `caa` (spread along CLIP's attention), `rar` (along the diffusion's).
 
     The baseline `clip_rar` is `clip` with the last two; `without_vce` … leave one part out of the whole.
-    Noise depends on the settings' seed and the image's name alone, not on batches and shards. Source: DiCLIP,
-    IEEE TIP 2026, without its decoder. Raises ValueError for a memory of other classes.
+    Noise depends on the settings' seed and the image's name alone, not on batches and shards. Without a memory there
+    is no `tsa`, neither as a rung nor as a part. Source: DiCLIP, IEEE TIP 2026, without its decoder. Raises ValueError
+    for a memory of other classes than those of the `vocabulary`, which is the dataset's unless it is given.
     """
 
     raw = ("clip", "intra", "vce", "tsa")
@@ -65,6 +66,9 @@ class DiCLIP(PlainCLIP):
             found = f"other classes ({', '.join(odd)} …)" if odd else "the classes in another order"
             raise ValueError(f"the memory knows {found}: build one with `diclip memory`")
         self.diffusion, self.memory = diffusion, memory
+        self.lacking = () if memory else ("tsa",)
+        self.raw = tuple(rung for rung in self.raw if rung not in self.lacking)
+        self.ablations = tuple(f"without_{part}" for part in PARTS if part not in self.lacking)
 
     def rungs(self, batch: Batch) -> Iterator[tuple[str, Maps]]:
         """Yield the ladder's maps, those of the baseline and, if the settings say so, those of the ablation."""
@@ -73,15 +77,16 @@ class DiCLIP(PlainCLIP):
         yield "clip", clip
         yield "intra", self.map(seen, batch, without=PARTS)
         yield "vce", self.map(seen, batch, without=PARTS[1:])
-        tsa = self.map(seen, batch, without=PARTS[2:])
-        yield "tsa", tsa
+        tsa = self.map(seen, batch, without=(*PARTS[2:], *self.lacking))
+        if not self.lacking:
+            yield "tsa", tsa
         spread = self.refine(tsa, seen, without=("rar",))
         yield "caa", spread
         yield "rar", self.refine(spread, seen, without=("caa",))
         yield "clip_rar", self.refine(clip, seen)
         if self.settings.ablate:
-            for part in PARTS:
-                yield f"without_{part}", self.map(seen, batch, without=(part,))
+            for name in self.ablations:
+                yield name, self.map(seen, batch, without=(name.removeprefix("without_"), *self.lacking))
 
     def look(self, batch: Batch) -> Seen:
         """Run the diffusion model and, with and without what it says, CLIP."""

@@ -76,19 +76,25 @@ class ExCELTeacher:
 
     def rungs(self, batch: Batch, view: View, learned: Learned) -> Iterator[tuple[str, Maps]]:
         """Yield `dynamic`, which without learned pairs is the static map, and `caa`."""
-        encoded, patches = view.encoded, view.encoded.patches
-        if learned.pairs is not None:
-            patches = self.method.clip.biased(encoded, calibrate(learned.pairs))
-        cam = self.method.cam(patches, encoded.pooled, encoded.grid, texts=self.method.enriched)
-        maps = pack(cam, batch.tags)
+        maps = self.dynamic(batch, view, learned)
         yield "dynamic", maps
-        yield "caa", self.method.spread(maps, encoded, affinity=learned.affinity)
+        yield "caa", self.method.spread(maps, view.encoded, affinity=learned.affinity)
 
     def labels(self, batch: Batch, view: View, learned: Learned) -> Tensor:
         """Return what is largest after PAR, of classes and of one minus their maximum."""
-        *_, (_, maps) = self.rungs(batch, view, learned)
+        maps = self.dynamic(batch, view, learned)
+        if self.settings.train_caa:
+            maps = self.method.spread(maps, view.encoded, affinity=learned.affinity)
         images = truncated(batch.images) if self.settings.par_image == "truncated" else batch.images
-        return _stack(maps, batch, refine=lambda scores: par(scores, images, iterations=self.settings.par_rounds))
+        how = {"iterations": self.settings.par_rounds, "dilations": self.settings.par_dilations}
+        return _stack(maps, batch, refine=lambda scores: par(scores, images, **how))
+
+    def dynamic(self, batch: Batch, view: View, learned: Learned) -> Maps:
+        """Return the maps before any refinement."""
+        encoded, patches = view.encoded, view.encoded.patches
+        if learned.pairs is not None:
+            patches = self.method.clip.biased(encoded, calibrate(learned.pairs))
+        return pack(self.method.cam(patches, encoded.pooled, encoded.grid, texts=self.method.enriched), batch.tags)
 
 
 class DiCLIPTeacher:
@@ -113,14 +119,22 @@ class DiCLIPTeacher:
 
     def rungs(self, batch: Batch, view: View, learned: Learned) -> Iterator[tuple[str, Maps]]:
         """Yield `dynamic`, which without the adapter is the memory's map, `caa` and `rar`."""
-        return self._rungs(batch, view, learned, rounds=self.settings.rar_rounds)
+        maps = self.dynamic(batch, view, learned)
+        yield "dynamic", maps
+        maps = self.method.spread(maps, view.encoded, affinity=learned.affinity)
+        yield "caa", maps
+        yield "rar", rar(maps, view.fine, rounds=self.settings.rar_rounds, grid=view.fine_grid)
 
     def labels(self, batch: Batch, view: View, learned: Learned) -> Tensor:
         """Return what is largest, of classes and of one minus their maximum."""
-        *_, (_, maps) = self._rungs(batch, view, learned, rounds=self.settings.train_rar_rounds)
+        maps = self.dynamic(batch, view, learned)
+        if self.settings.train_caa:
+            maps = self.method.spread(maps, view.encoded, affinity=learned.affinity)
+        maps = rar(maps, view.fine, rounds=self.settings.train_rar_rounds, grid=view.fine_grid)
         return _stack(maps, batch, restretch=True)
 
-    def _rungs(self, batch: Batch, view: View, learned: Learned, *, rounds: int) -> Iterator[tuple[str, Maps]]:
+    def dynamic(self, batch: Batch, view: View, learned: Learned) -> Maps:
+        """Return the maps before any refinement."""
         encoded, method = view.encoded, self.method
         cam = method.cam(encoded.patches, encoded.pooled, encoded.grid)  # (B, C, h, w)
         if learned.adapted is None:
@@ -128,11 +142,7 @@ class DiCLIPTeacher:
         else:  # in the place of what the memory retrieves, not beside it
             likeness = learned.adapted[:, 1:].relu().flatten(2)
             cam = fuse(cam.flatten(2), likeness, weight=self.settings.adapter_strength).unflatten(-1, encoded.grid)
-        maps = pack(cam, batch.tags)
-        yield "dynamic", maps
-        maps = method.spread(maps, encoded, affinity=learned.affinity)
-        yield "caa", maps
-        yield "rar", rar(maps, view.fine, rounds=rounds, grid=view.fine_grid)
+        return pack(cam, batch.tags)
 
 
 class MaskTeacher:
@@ -150,8 +160,8 @@ class MaskTeacher:
         return View(tokens_of(self.settings, self.clip, batch.images))
 
     def rungs(self, batch: Batch, view: View, learned: Learned) -> Iterator[tuple[str, Maps]]:
-        """Raise ValueError: there are no maps."""
-        raise ValueError("a decoder taught by true masks has no class maps: set supervision to tags")
+        """Yield nothing: there are no maps."""
+        yield from ()
 
     def labels(self, batch: Batch, view: View, learned: Learned) -> Tensor:
         """Return the masks at the size of the images, by nearest pixels; raise ValueError where one is missing."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from diclip.adapter import KVAdapter
 from diclip.affinity import pair_logits
 from diclip.cam import Maps, normalise
+from diclip.checkpoints import find_weights, load_weights
 from diclip.clip import DenseCLIP
 from diclip.data import Batch
 from diclip.diffusion import Diffusion
@@ -21,7 +22,7 @@ from diclip.memory import Memory
 from diclip.methods import build_clip, build_method
 from diclip.methods.diclip import DiCLIP
 from diclip.methods.teachers import DiCLIPTeacher, ExCELTeacher, Learned, MaskTeacher, Teacher, View, tokens_of
-from diclip.settings import Settings
+from diclip.settings import Settings, shown
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class System(nn.Module):
         super().__init__()
         self.settings, self.clip, self._teacher = settings, clip, teacher
         self.segmenter = segmenter.to(clip.device)
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """Return what sides of an image are multiples of."""
+        return self.clip.patch_size
 
     @property
     def teacher(self) -> Teacher:
@@ -106,6 +112,14 @@ class System(nn.Module):
         return self._labels(batch, view, self._decode(view), step)
 
     @torch.no_grad()
+    def compared_labels(self, batch: Batch, step: int | None = None) -> dict[str, Tensor]:
+        """Return `pseudo_labels` and before them what the same rule makes without anything learnt, of one look."""
+        view = self._look(batch, step)
+        with self._exact():
+            static = self.teacher.labels(batch, view, Learned(None, None, None))
+        return {"training-free labels": static, "pseudo labels": self._labels(batch, view, self._decode(view), step)}
+
+    @torch.no_grad()
     def rungs(self, batch: Batch) -> Iterator[tuple[str, Maps]]:
         """Yield `dynamic`, the maps that the trained parts join, and each refinement, as at the end of the training."""
         view = self._look(batch, None)
@@ -113,6 +127,8 @@ class System(nn.Module):
 
     def cam(self, batch: Batch) -> Maps:
         """Return the trained maps of each image's tags, (P, h, w) in [0, 1], before any refinement."""
+        if not self.raw:
+            raise ValueError("a decoder taught by true masks has no class maps: set supervision to tags")
         return next(self.rungs(batch))[1]
 
     @property
@@ -190,12 +206,31 @@ def build_system(settings: Settings, clip: DenseCLIP | None = None, *, labels: b
     tags = settings.supervision == "tags"
     teacher: Teacher | None = None
     if labels and tags:
-        method = build_method(settings, clip)
+        method = build_method(settings.model_copy(update={"trained": None}), clip)
         teacher = DiCLIPTeacher(settings, method) if isinstance(method, DiCLIP) else ExCELTeacher(settings, method)
     elif labels:
         teacher = MaskTeacher(settings, clip)
     memory = Memory.load(settings.memory) if tags and settings.method == "diclip" else None
     return System(settings, clip, build_segmenter(settings, clip, memory), teacher)
+
+
+def load_system(settings: Settings, clip: DenseCLIP | None = None, *, labels: bool = True) -> System:
+    """Build the settings' method with the trained parts that their `trained` names, ready to be used.
+
+    What the weights remember of their training takes the place of the settings. Without `labels` it only segments.
+    Raises ValueError and FileNotFoundError, in one line, for weights of another method or model.
+    """
+    path = find_weights(settings.trained)
+    weights, about = load_weights(path)
+    if about.pop("method") != settings.method or about.pop("preset") != settings.preset:
+        raise ValueError(f"{shown(path)} holds other weights than those of {settings.method} on {settings.preset}")
+    settings = settings.model_copy(update={name: about[name] for name in about if name in Settings.model_fields})
+    system = build_system(settings, clip, labels=labels)
+    try:
+        system.load_state_dict(weights)
+    except RuntimeError:
+        raise ValueError(f"{shown(path)} holds weights of another CLIP, memory or number of classes") from None
+    return system.eval()
 
 
 def build_segmenter(settings: Settings, clip: DenseCLIP, memory: Memory | None) -> Segmenter:
