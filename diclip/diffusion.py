@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal
@@ -140,14 +140,14 @@ class Diffusion:
         """
         self._check(coarse, fine, fine_heads)
         latents = self.encode(images) if latents is None else latents
-        with tap(self.unet, [coarse] if fine is None else [coarse, fine]) as taps:
+        with tap(self.unet, [coarse] if fine is None else [coarse, fine], stop=True) as taps:
             self.predict(latents, timestep=timestep, generator=generator, prompt=prompt)
         grid = self.layers[coarse].grid(latents)
         if fine is None:
             return Taps(*taps[coarse], grid, None, None)
         q, k = taps[fine]
-        mean = sum(attend(q[:, head], k[:, head]) for head in fine_heads) / len(fine_heads)  # a head at a time
-        return Taps(*taps[coarse], grid, mean, self.layers[fine].grid(latents))
+        total = reduce(Tensor.add_, (attend(q[:, head], k[:, head]) for head in fine_heads))  # a head at a time
+        return Taps(*taps[coarse], grid, total.div_(len(fine_heads)), self.layers[fine].grid(latents))
 
     @torch.no_grad()
     def generate(

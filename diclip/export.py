@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import tarfile
 from collections.abc import Iterable
 from itertools import takewhile
@@ -13,6 +14,7 @@ import numpy as np
 from torch.utils.data import Subset
 
 from diclip import network
+from diclip.checkpoints import find_weights
 from diclip.data import Batch, open_dataset
 from diclip.data.minivoc import save_mask
 from diclip.data.voc import VOCFolder
@@ -64,7 +66,8 @@ def export_voc(
         raise ValueError(f"rung is {rung!r}, expected one of {', '.join(ladder)}")
     rule: Rule = "one_minus_max" if rung == network.RUNG else own_rule(method, rung)
     inside = Path("results/VOC2012/Segmentation") / f"comp6_{settings.split}_cls"
-    with create_run(folder, settings, free=FREE, also={"rung": rung}):
+    also = {"rung": rung, "weights": None if settings.trained is None else _digest(find_weights(settings.trained))}
+    with create_run(folder, settings, free=FREE, also=also):
         score = choose_background(settings, method, progress)[rung] if rule == "fixed" else 0.0
         for batch in progress(_missing(folder / inside, dataset, settings), desc=f"predict {settings.split}"):
             refine = refiner(settings, dataset, batch.names)
@@ -107,6 +110,11 @@ def pack(folder: Path, inside: Path, names: list[str]) -> None:
     ):
         for name in names:
             archive.add(_png(folder / inside, name), _png(inside, name).as_posix(), filter=_anyones)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
 def _png(folder: Path, name: str) -> Path:

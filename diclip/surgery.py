@@ -29,7 +29,8 @@ def project(block: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def attend(left: Tensor, right: Tensor) -> Tensor:
     """Return softmax(left rightᵀ / √d) of two (B, heads, T, d): (B, heads, T, T)."""
-    return (left @ right.transpose(-2, -1) * left.shape[-1] ** -0.5).softmax(-1)
+    scores = left @ right.transpose(-2, -1)
+    return scores.mul_(left.shape[-1] ** -0.5).softmax(-1)  # in place: memory is what it costs
 
 
 def merge(heads: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from difflib import get_close_matches
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -52,12 +52,20 @@ def diclip_layers(unet: UNet2DConditionModel) -> tuple[str, str]:
     return names[-14], names[-4]
 
 
+class _Enough(Exception):
+    """Leave a U-Net in the middle."""
+
+
 @contextmanager
-def tap(unet: UNet2DConditionModel, names: Sequence[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+def tap(
+    unet: UNet2DConditionModel, names: Sequence[str], *, stop: bool = False
+) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     """Record queries and keys (B, heads, n, d), float32, of the attentions `names` at each call of a U-Net.
 
     The dictionary holds those of the last call. Forward hooks do the work: processors stay as they are, and
-    at the end, or at an exception, nothing is left in the model. Raises ValueError for an unknown name.
+    at the end, or at an exception, nothing is left in the model. To `stop` is to leave the U-Net's call, and with it
+    the `with` block, when all are recorded: what comes after the last of them is not computed. Raises ValueError for
+    an unknown name.
 
         with tap(diffusion.unet, names) as taps:
             diffusion.predict(latents, timestep=101, generator=generator)
@@ -75,8 +83,10 @@ def tap(unet: UNet2DConditionModel, names: Sequence[str]) -> Iterator[dict[str, 
 
     def keep_key(name: str, module: nn.Module, arguments: Any, output: Tensor) -> None:
         taps[name] = queries.pop(name), split(output, name)
+        if stop and len(taps) == len(set(names)):
+            raise _Enough
 
-    with ExitStack() as hooks:
+    with ExitStack() as hooks, suppress(_Enough):
         for name in dict.fromkeys(names):
             if name not in known:
                 raise ValueError(f"{name!r} is no attention of the U-Net, {hint(name, known)}")

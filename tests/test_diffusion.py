@@ -1,5 +1,7 @@
 """Test the frozen diffusion model on a tiny random pipeline: taps, one noised step, generation, loading."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from diffusers import (
@@ -105,7 +107,7 @@ def test_model_is_as_it_was(diffusion):
     def fail(*_):
         raise RuntimeError("inside the U-Net")
 
-    with diffusion.unet.conv_out.register_forward_hook(fail), pytest.raises(RuntimeError, match="inside the U-Net"):
+    with diffusion.unet.conv_in.register_forward_hook(fail), pytest.raises(RuntimeError, match="inside the U-Net"):
         capture(diffusion, images())
     assert hooks(diffusion.unet) == before
     assert all(diffusion.unet.attn_processors[name] is each for name, each in processors.items())
@@ -118,6 +120,22 @@ def test_taps_nest_and_repeat(diffusion):
     with tap(diffusion.unet, [COARSE, COARSE]) as outer, tap(diffusion.unet, [COARSE]) as inner:
         diffusion.predict(torch.zeros(1, 4, 8, 8), timestep=0, generator=seeded())
     assert outer[COARSE][0].equal(inner[COARSE][0]) and outer[COARSE][1].equal(inner[COARSE][1])
+
+
+def test_nothing_runs_after_the_last_tap(diffusion):
+    calls, latents, names = [], diffusion.encode(images()), [FINE, COARSE, FINE]
+    with tap(diffusion.unet, names) as whole:
+        diffusion.predict(latents, timestep=101, generator=seeded())
+    layer = diffusion.unet.get_submodule(FINE)
+    with ExitStack() as hooks:
+        for name, part in (("value", layer.to_v), ("end", diffusion.unet.conv_out), ("start", diffusion.unet.conv_in)):
+            hooks.enter_context(part.register_forward_hook(lambda *_, name=name: calls.append(name)))
+        with tap(diffusion.unet, names, stop=True) as taps:
+            diffusion.predict(latents, timestep=101, generator=seeded())
+            pytest.fail("the U-Net went on")
+        capture(diffusion, images())
+    assert calls == ["start", "start"]
+    assert all(one.equal(other) for name in names for one, other in zip(taps[name], whole[name], strict=True))
 
 
 # One noised step

@@ -1,5 +1,6 @@
 """Test segmentation with trained parts: averages of views by hand, labels by the evaluator, weights that do not fit."""
 
+import shutil
 import tarfile
 
 import numpy as np
@@ -127,6 +128,18 @@ def test_exported_masks_score_as_the_network_does(settings, tmp_path):
         assert image.mode == "P"
     again = measure_masks(settings.model_copy(update={"trained": None}), inside)
     np.testing.assert_array_equal(again.rung(again.ladder[0]), measure(settings).rung("network"))
+
+
+def test_an_export_goes_on_with_the_weights_that_it_began_with(settings, tmp_path):
+    again = shutil.copy(settings.trained, tmp_path / "excel.safetensors")
+    settings = settings.model_copy(update={"trained": again})
+    export_voc(settings, tmp_path / "sent")
+    for name in ("results.tar.gz", "finished.json"):
+        (tmp_path / "sent" / name).unlink()
+    weights, about = load_weights(again)
+    save_weights(again, {name: value + 1 for name, value in weights.items()}, about)
+    with pytest.raises(ValueError, match="holds a run of other settings .weights was '.*', now '.*'"):
+        export_voc(settings, tmp_path / "sent")
 
 
 def test_what_ships_is_half_as_large_and_almost_the_same(settings, tmp_path):

@@ -110,7 +110,7 @@ class DiCLIP(PlainCLIP):
         noise = [image_generator(settings.seed, name) for name in batch.names]
         latents = diffusion.encode(batch.images)
         draws = list(product(settings.diffusion_timesteps, range(settings.diffusion_draws)))
-        coarse = fine = 0
+        totals: list[Tensor] = []
         for timestep, _ in draws:
             taps = diffusion.capture(
                 batch.images,
@@ -131,8 +131,10 @@ class DiCLIP(PlainCLIP):
                 threshold=settings.correlation_threshold,
                 softmax=settings.correlation_softmax,
             )
-            coarse, fine = coarse + step / len(draws), fine + taps.fine / len(draws)
-        return coarse.to(self.clip.device), fine.to(self.clip.device), taps.fine_grid
+            found = [step.div_(len(draws)), taps.fine.div_(len(draws))]
+            totals = [total.add_(one) for total, one in zip(totals, found, strict=True)] if totals else found
+        coarse, fine = (total.to(self.clip.device) for total in totals)
+        return coarse, fine, taps.fine_grid
 
     def walked_colours(self, batch: Batch) -> Tensor:
         """Return the same walk along colour and texture, the null of the diffusion's correlation: (B, N, N)."""
