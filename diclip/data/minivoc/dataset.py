@@ -54,7 +54,7 @@ def save_mask(path: Path, mask: np.ndarray) -> None:
 
     image = Image.fromarray(mask)
     image.putpalette(palette().tobytes())
-    image.save(path)
+    image.save(path, "PNG")
 
 
 def _write_scene(folder: Path, seed: int, split: str, index: int) -> tuple[str, list[str], str]:
