@@ -65,8 +65,8 @@ def segment_folder(
     """
     check_refinement(settings)
     folder, out = Path(folder).expanduser(), Path(out).expanduser()
-    background = tuple(word for word in settings.background_words if word not in classes)
-    settings = settings.model_copy(update={"background_words": background})
+    words = tuple(word for word in settings.background_words if word not in classes)
+    settings = settings.model_copy(update={"background_words": words})
     vocabulary = settings.vocabulary(tuple(classes))
     files = pictures_in(folder)
     known = read_tags(Path(tags), vocabulary, files) if tags else {}
@@ -78,7 +78,8 @@ def segment_folder(
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
         kept = {name: value for name, value in settings.model_dump(mode="json").items() if name not in FREE}
-        request = {"classes": list(classes), "rung": rung, "tags": known, "settings": kept}
+        background = background_of(settings, method, rung)
+        request = {"classes": list(classes), "rung": rung, "background": background, "tags": known, "settings": kept}
         _agree(out, request)
         predict = training_free(settings, method, rung)
         done = _done(out)
@@ -95,10 +96,9 @@ def segment_folder(
 def training_free(settings: Settings, method: Method, rung: str) -> Predict:
     """Return what makes masks of a rung's maps, by its own background rule, refined by pixels if the settings say so.
 
-    The background's score is the one that was best on `tune`, where data/results knows it, else the settings'.
+    Another source of masks, as a trained network, is another function of this kind.
     """
-    score = tuned_background(settings).get(rung, settings.background_score)
-    how = {"rule": own_rule(method, rung), "score": score, "restretch": method.restretch}
+    how = {**background_of(settings, method, rung), "restretch": method.restretch}
 
     def predict(batch: Batch, photographs: Sequence[Tensor]) -> list[Tensor]:
         maps = dict(views(method, batch, settings))[rung]
@@ -106,6 +106,14 @@ def training_free(settings: Settings, method: Method, rung: str) -> Predict:
         return pseudo_labels(maps, batch.sizes, refine=refine, **how)
 
     return predict
+
+
+def background_of(settings: Settings, method: Method, rung: str) -> dict[str, Any]:
+    """Return a rung's background rule, with its score: the best on `tune` where it is stored, else the settings'."""
+    return {
+        "rule": own_rule(method, rung),
+        "score": tuned_background(settings).get(rung, settings.background_score),
+    }
 
 
 class _Photographs(dict):
@@ -221,7 +229,7 @@ def _agree(out: Path, request: dict[str, Any]) -> None:
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     pairs = chain(
-        ((name, before.get(name), request[name]) for name in ("classes", "rung", "tags")),
+        ((name, before.get(name), request[name]) for name in ("classes", "rung", "background", "tags")),
         ((name, before["settings"].get(name), value) for name, value in request["settings"].items()),
     )
     if changed := [f"{name} was {old!r}, now {new!r}" for name, old, new in pairs if old != new]:
@@ -229,14 +237,18 @@ def _agree(out: Path, request: dict[str, Any]) -> None:
 
 
 def _records(out: Path) -> dict[str, dict[str, Any]]:
-    """Return the last record of each picture; a line that was cut off by a kill counts for nothing."""
+    """Return the last record of each picture."""
     path = out / "images.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    records = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
-    return {record["file"]: record for record in records}
+    return {record["file"]: record for record in map(json.loads, lines)}
 
 
 def _done(out: Path) -> set[str]:
+    """Return the names of the pictures that have masks; take a last line that a kill cut off out of the log."""
+    path = out / "images.jsonl"
+    if path.exists() and not (text := path.read_text(encoding="utf-8")).endswith("\n"):
+        with replacing(path) as temporary:
+            temporary.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
     return {name for name, record in _records(out).items() if "mask" in record and (out / record["mask"]).exists()}
 
 
