@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from diclip.coco import coco
 from diclip.data import Batch, squash
 from diclip.data.images import MAX_SIDE, decode_image, pictures_in
 from diclip.data.minivoc import save_mask
@@ -163,15 +164,6 @@ def read_tags(path: Path, vocabulary: Vocabulary, files: Sequence[Path]) -> dict
     return {name: [vocabulary.classes[i] for i in vocabulary.indices(sorted(tags))] for name, tags in found.items()}
 
 
-def rle(mask: NDArray[np.bool_]) -> dict[str, list[int]]:
-    """Encode a mask (H, W) as COCO does, uncompressed: runs down the columns, the first of zeros."""
-    flat = np.concatenate([[False], mask.T.ravel(), [True]]).astype(np.int8)
-    changes = np.flatnonzero(np.diff(flat))
-    runs = np.diff(np.concatenate([[0], changes, [mask.size]]))
-    runs = runs[:-1] if runs[-1] == 0 else runs
-    return {"size": list(mask.shape), "counts": runs.tolist()}
-
-
 def _segment(
     paths: Sequence[Path],
     known: Mapping[str, list[str]],
@@ -271,20 +263,3 @@ def _finish(out: Path, request: dict[str, Any], vocabulary: Vocabulary, method: 
     }
     write_json(out / "manifest.json", manifest)
     return manifest
-
-
-def coco(out: Path, made: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> dict[str, Any]:
-    """Return masks in COCO's format: one annotation for each class of each picture, its region as RLE."""
-    images, annotations = [], []
-    for number, record in enumerate(made, 1):
-        labels = np.asarray(Image.open(out / record["mask"]))
-        images.append({"id": number, "file_name": record["file"], "height": labels.shape[0], "width": labels.shape[1]})
-        for label in np.unique(labels[(labels > 0) & (labels < 255)]).tolist():
-            region = labels == label
-            rows, columns = (np.flatnonzero(region.any(axis)) for axis in (1, 0))
-            box = [columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1]
-            annotation = {"id": len(annotations) + 1, "image_id": number, "category_id": label, "iscrowd": 1}
-            annotation |= {"segmentation": rle(region), "area": int(region.sum()), "bbox": [int(x) for x in box]}
-            annotations.append(annotation)
-    categories = [{"id": index, "name": name} for index, name in enumerate(classes, 1)]
-    return {"images": images, "categories": categories, "annotations": annotations}

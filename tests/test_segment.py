@@ -8,11 +8,12 @@ import torch
 from PIL import Image
 
 from diclip.__main__ import main
+from diclip.coco import rle
 from diclip.data import Batch, squash
 from diclip.data.images import read_image, read_mask
 from diclip.labels import pseudo_labels
 from diclip.methods import build_method
-from diclip.segment import likely_tags, read_tags, rle, segment_folder
+from diclip.segment import likely_tags, read_tags, segment_folder
 from diclip.settings import load_settings
 from diclip.vocabulary import Vocabulary
 
