@@ -62,6 +62,18 @@ def evaluate(args: argparse.Namespace) -> Result:
     return evaluate(settings, progress, counts=counts)
 
 
+def segment(args: argparse.Namespace) -> Result:
+    from diclip.runs import progress
+    from diclip.segment import segment_folder
+
+    settings = _settings(args, **({"method": args.method} if args.method else {}))
+    classes = list(dict.fromkeys(word.strip() for word in args.classes.split(",") if word.strip()))
+    out = args.out or ROOT / "runs" / f"segment-{args.folder.resolve().name}"
+    done = segment_folder(settings, args.folder, classes, out, tags=args.tags, rung=args.rung, progress=progress)
+    said = {"folder": shown(Path(out).resolve()), "masks": len(done["images"]), "doubts": list(done["doubts"])}
+    return {**said, **({"skipped": done["skipped"]} if done["skipped"] else {})}
+
+
 def compare(args: argparse.Namespace) -> Result:
     from diclip.compare import compare_results
 
@@ -220,6 +232,15 @@ def parser() -> argparse.ArgumentParser:
     compared.add_argument("before", type=Path, help="what `diclip evaluate --json FILE` wrote")
     compared.add_argument("after", type=Path, help="the same of another method, other settings or other masks")
     compared.add_argument("--rung", help="compare this rung of both (default: the last, and all of the same name)")
+    own = command("segment", segment, "segment a folder of pictures into classes of one's own")
+    own.add_argument("folder", type=Path, help="folder of pictures")
+    own.add_argument("--classes", required=True, metavar="A,B…", help="what to look for, any words, apart by commas")
+    own.add_argument(
+        "--tags", type=Path, metavar="FILE.csv", help="head image,tags; without it CLIP says what is there"
+    )
+    own.add_argument("--out", type=Path, metavar="FOLDER", help="where masks go (default: runs/segment-NAME)")
+    own.add_argument("--method", help="the system, as --set method=…")
+    own.add_argument("--rung", help="where the system stops (default: its last)")
     timed = command("bench", bench, "time each stage, and compare it with a plain reference")
     timed.add_argument("--stages", metavar="cam,rar…", help="only these, in that order, as --set bench_stages=…")
     timed.add_argument("--explorer", action="store_true", help="time the explorers' answers instead")

@@ -192,6 +192,10 @@ class Settings(BaseModel):
     par_dilations: Distances = Field((1, 2, 4, 8), description="pixels to the neighbours that PAR looks at")
     confidence: float = Field(0.0, ge=0, le=1, description="also score labels alone that are so sure; 0: no")
 
+    tag_share: float = Field(
+        0.3, gt=0, le=1, description="without tags: share of the likeliest class's probability that says one is there"
+    )
+
     baselines: bool = Field(True, description="also score what needs no learning")
     ablate: bool = Field(False, description="also score the system without each of its parts")
 

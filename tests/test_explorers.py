@@ -20,11 +20,12 @@ from diclip.cam import minmax
 from diclip.clip import load_clip
 from diclip.data import open_dataset
 from diclip.data.images import read_mask
+from diclip.doubts import known_words
 from diclip.explorers import pictures
 from diclip.explorers.board import Board, slider
 from diclip.explorers.cam import CamChoice, CamExplorer, class_iou, words_of
 from diclip.explorers.cam_board import explore_cams
-from diclip.explorers.core import Memo, Pick, RememberingCLIP, RememberingDiffusion, Studio, View, known_words
+from diclip.explorers.core import Memo, Pick, RememberingCLIP, RememberingDiffusion, Studio, View
 from diclip.explorers.patch import KINDS, PatchChoice, PatchExplorer
 from diclip.explorers.patch_board import explore_patches
 from diclip.methods import build_method

@@ -16,6 +16,7 @@ from diclip.settings import shown
 MIN_SIDE, MAX_SIDE = 8, 10_000
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP")  # what strangers may send: no format that runs a program
 VOID = 255
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
 
 def read_image(path: Path) -> Tensor:
@@ -47,6 +48,17 @@ def decode_image(data: bytes, *, name: str, most: int = 512) -> Tensor:
     pixels = _pixels(image, name)
     step = -(-max(pixels.shape[1:]) // most)  # 16 bits, which Pillow does not scale
     return pixels[:, ::step, ::step].contiguous()
+
+
+def pictures_in(folder: str | Path) -> list[Path]:
+    """List a folder's pictures by name; raise FileNotFoundError or ValueError, in one line, where there are none."""
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {shown(folder)}")
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not found:
+        raise ValueError(f"{shown(folder)} holds no picture ({', '.join(SUFFIXES)})")
+    return found
 
 
 def _pixels(image: Image.Image, name: str) -> Tensor:

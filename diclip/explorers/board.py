@@ -15,8 +15,9 @@ from typing import Any
 import ipywidgets as widgets
 import numpy as np
 
+from diclip.data.images import pictures_in
 from diclip.explorers import pictures
-from diclip.explorers.core import Pick, Studio, View, pictures_in
+from diclip.explorers.core import Pick, Studio, View
 
 LOG = logging.getLogger(__name__)
 WORKER = ThreadPoolExecutor(1, thread_name_prefix="explorer")  # one at a time: models share the processor's cores

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
@@ -24,6 +23,7 @@ from diclip.labels import pseudo_labels
 from diclip.methods import Method
 from diclip.runs import environment, write_json
 from diclip.score import image_counts
+from diclip.segment import tuned_background
 from diclip.settings import ROOT, Settings, for_method
 
 LADDERS = {  # the rungs of each system, in order
@@ -167,7 +167,9 @@ class CamExplorer:
 
     def background(self, choice: CamChoice) -> float:
         """Return the background score that was best on `tune` where data/results says it, else the settings'."""
-        tuned = self.studio.memo("tuned", choice.method, lambda: _tuned(self.studio.settings, choice.method))
+        tuned = self.studio.memo(
+            "tuned", choice.method, lambda: tuned_background(for_method(self.studio.settings, choice.method))
+        )
         return tuned.get(choice.rung, self.studio.settings.background_score)
 
     def _par(self, scores: list[Tensor], photo: Photo) -> list[Tensor]:
@@ -256,14 +258,6 @@ def class_iou(labels: Tensor, truth: Tensor | None, classes: int) -> dict[int, f
     hits, predicted, true = image_counts(labels, truth, num_classes=max(own, classes)).T[:, : classes + 1]
     union = predicted + true - hits
     return {int(label): float(hits[label] / union[label]) for label in np.nonzero(union)[0]}
-
-
-def _tuned(settings: Settings, method: str) -> dict[str, float]:
-    """Read the scores chosen on `tune` that belong to a preset."""
-    path = ROOT / "data" / "results" / f"{method}-val.json"
-    if settings.preset != "mini" or not path.is_file():
-        return {}
-    return json.loads(path.read_text(encoding="utf-8")).get("background_on_tune", {})
 
 
 def _fresh(parent: Path, stem: str) -> Path:

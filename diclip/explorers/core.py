@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -16,8 +15,9 @@ from torch import Tensor
 
 from diclip.clip import DenseCLIP, Encoded, load_clip
 from diclip.data import Batch, dataset_vocabulary, open_dataset, squash
-from diclip.data.images import decode_image
+from diclip.data.images import decode_image, pictures_in
 from diclip.data.voc import VOCFolder
+from diclip.doubts import CURE, doubt_words, is_small
 from diclip.explorers.pictures import Pixels, png
 from diclip.methods import Method
 from diclip.runs import pick_device
@@ -25,7 +25,6 @@ from diclip.settings import Settings, shown
 from diclip.vocabulary import Vocabulary
 
 T = TypeVar("T")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
 
 class Memo:
@@ -184,7 +183,7 @@ class Studio:
             pixel_norm=settings.pixel_norm,
         )
         self.frozen, self.clip = clip, RememberingCLIP(clip, self.memo)
-        self.small = clip.model.vocab_size <= 4096  # a mini model: only MiniVOC's words and drawings mean something
+        self.small = is_small(clip)  # a mini model: only MiniVOC's words and drawings mean something
         self.classes = dataset_vocabulary(self.settings).classes
 
     @property
@@ -278,30 +277,7 @@ class Studio:
         """Say what the models cannot know about a photo and some words, and which preset's can."""
         if not self.small:
             return ()
-        unknown = [word for word in words if not set(re.findall(r"\w+", word.lower())) <= known_words()]
-        cure = 'load_settings("voc") has a CLIP that was trained on photographs'
-        said = []
-        if unknown:
-            listed = ", ".join(unknown[:4]) + (" …" if len(unknown) > 4 else "")
-            said.append(f"The mini CLIP has never heard of {listed}: it knows MiniVOC's words alone. {cure}.")
+        said = list(doubt_words(words))
         if photo.foreign:
-            said.append(f"The mini CLIP has only ever seen MiniVOC's drawings: this map means little. {cure}.")
+            said.append(f"The mini CLIP has only ever seen MiniVOC's drawings: this map means little. {CURE}.")
         return tuple(said)
-
-
-def pictures_in(folder: str | Path) -> list[Path]:
-    """List a folder's pictures by name; raise FileNotFoundError or ValueError, in one line, where there are none."""
-    folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {shown(folder)}")
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    if not found:
-        raise ValueError(f"{shown(folder)} holds no picture ({', '.join(SUFFIXES)})")
-    return found
-
-
-def known_words() -> frozenset[str]:
-    """Return every word of MiniVOC's captions: what its mini CLIP can have learnt."""
-    from diclip.data.minivoc.captions import vocabulary_sentences
-
-    return frozenset(re.findall(r"\w+", " ".join(vocabulary_sentences()).lower()))
