@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import diclip.bench
-from diclip.__main__ import brief, main, text
+from diclip.__main__ import main
 from diclip.affinity import caa
 from diclip.bench import STAGES, bench, bench_table, reference
 from diclip.bench.measure import Unequal, _once, measure, measure_reference
@@ -17,6 +17,7 @@ from diclip.bench.weights import random_clip
 from diclip.cam import Maps, surgery_cam
 from diclip.correlation import acr, cluster
 from diclip.refine import par, rar
+from diclip.screen import brief, text
 from diclip.settings import load_settings
 
 COLUMNS = set(

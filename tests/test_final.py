@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from diclip import crf
-from diclip.__main__ import brief, text
 from diclip.clip import load_clip
 from diclip.data import batches, open_dataset
 from diclip.evaluate import measure
@@ -19,6 +18,7 @@ from diclip.outside import measure_masks
 from diclip.refine import par
 from diclip.report import protocol, report
 from diclip.score import image_counts
+from diclip.screen import brief, text
 from diclip.settings import load_settings
 
 

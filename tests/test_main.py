@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from diclip.__main__ import brief, find_notebook, main, table, text
+from diclip.__main__ import find_notebook, main
+from diclip.screen import brief, table, text
 from diclip.settings import ROOT, load_settings
 
 REPORT = {

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from torch.optim.swa_utils import AveragedModel
 from transformers import CLIPTokenizer
 
-from diclip.__main__ import text
 from diclip.data.minivoc import CLASSES
 from diclip.diffusion import load_diffusion
 from diclip.pretrain import diffusion as pretraining
@@ -20,6 +19,7 @@ from diclip.pretrain import pretrain, watch_diffusion
 from diclip.pretrain.data import Pictures
 from diclip.pretrain.diffusion import Denoiser, Stretch, average, build_unet, pretrain_diffusion, stretch_of
 from diclip.pretrain.loop import train
+from diclip.screen import text
 from diclip.settings import load_settings
 
 
