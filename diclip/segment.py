@@ -26,7 +26,7 @@ from diclip.final import check_refinement, refiner
 from diclip.labels import pseudo_labels
 from diclip.methods import Method, build_method
 from diclip.runs import environment, locked, replacing, write_json
-from diclip.settings import ROOT, Settings, shown
+from diclip.settings import ROOT, Settings, load_settings, shown
 from diclip.tta import views
 from diclip.vocabulary import Vocabulary
 
@@ -252,7 +252,9 @@ def _finish(out: Path, request: dict[str, Any], vocabulary: Vocabulary, method: 
     doubts: tuple[str, ...] = ()
     if is_small(method.clip):
         only = f"The mini CLIP has only ever seen MiniVOC's drawings: of other pictures its masks mean little. {CURE}."
-        doubts = (*doubt_words((*vocabulary.classes, *vocabulary.background)), only)
+        usual = load_settings(request["settings"]["preset"]).background_words
+        own = (word for word in vocabulary.background if word not in usual)
+        doubts = (*doubt_words((*vocabulary.classes, *own)), only)
     manifest = {
         **request,
         "labels": dict(enumerate(("background", *vocabulary.classes))),

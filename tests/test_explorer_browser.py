@@ -27,7 +27,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 TOKEN = "explore"
 CI = os.environ.get("CI") == "true"
 PATIENCE = 300_000  # ms, for each step: a machine may be busy, and a first run draws MiniVOC
-EXPLORERS = ("cams", "patches", "diffusion", "scenes")  # in the order of the notebook
+EXPLORERS = ("cams", "patches", "diffusion", "scenes", "runs")  # in the order of the notebook
 SETTINGS = {  # nothing pops up, and outputs that are out of sight stay in the page
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
     "notebook-extension/tracker": {"windowingMode": "none"},
@@ -236,6 +236,23 @@ def test_a_scene_is_composed(page):
     _changes(page, 3, lambda: _control(page, 3, "place").locator("select").select_option("snow"))
     _changes(page, 3, lambda: _control(page, 3, "part wears").first.locator("select").select_option("hidden"))
     _changes(page, 3, lambda: _slide(page, 3, "distractors"))
+
+
+def test_runs_are_compared(page):
+    _changes(page, 4, lambda: _slide(page, 4, "image"))
+    _changes(page, 4, lambda: _control(page, 4, "B").locator("select").select_option("excel-val"))
+    _changes(page, 4, lambda: _control(page, 4, "look at").locator("select").select_option("numbers"))
+
+
+def test_a_ladder_stands_side_by_side(page, tmp_path):
+    """What the README shows."""
+    own = _control(page, 0, "own words").locator("input")
+    _changes(page, 0, lambda: (own.fill(""), own.press("Enter")))
+    for label, option in (("method", "diclip"), ("side by side", "rungs"), ("up to rung", "rar")):
+        _control(page, 0, label).locator("select").select_option(option)
+    _explorer(page, 0).get_by_text("diclip, rar").wait_for()
+    page.set_viewport_size({"width": 1280, "height": 2400})
+    _keep(_explorer(page, 0), "explorer", tmp_path)
 
 
 @pytest.mark.parametrize("width", [1280, 800])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any, NamedTuple
 
 from diclip.bench import digits
@@ -80,17 +80,18 @@ def bench_explorer(settings: Settings, progress: Callable[..., Iterable[Act]]) -
     answers = []
     for act in progress(list(acts(studio)), desc="explorers"):
         png(act.view(act.start).pixels)
-        times = []
+        times, work = [], []
         for n in range(1, settings.bench_repeats + 2):
             before = _passes(studio)
-            begun = perf_counter()
+            begun, worked = perf_counter(), process_time()
             png(act.view(act.change(act.start, n)).pixels)
             times.append(perf_counter() - begun)
+            work.append(process_time() - worked)
             _check(act, before, _passes(studio))
         times = times[1:]  # the first one warms
         limit = LIMITS[act.needs]
-        seconds = {"median": median(times), "worst": max(times), "limit": limit, "kept": median(times) < limit}
-        answers.append({"act": act.name, "needs": act.needs, **seconds})
+        seconds = {"median": median(times), "worst": max(times), "processor": median(work[1:]), "limit": limit}
+        answers.append({"act": act.name, "needs": act.needs, **seconds, "kept": median(times) < limit})
     return {"answers": answers, "environment": environment(), "settings": settings.model_dump(mode="json")}
 
 
@@ -107,9 +108,10 @@ def _check(act: Act, before: Mapping[str, int], after: Mapping[str, int]) -> Non
 
 def explorer_table(results: Mapping[str, Any]) -> str:
     """Lay what `bench_explorer` returned out as a Markdown table, with what it depends on below."""
-    lines = ["| what one does | needs | median, s | worst, s | bar, s |", "|---|---|---:|---:|---:|"]
+    columns = ("what one does", "needs", "median, s", "worst, s", "of a processor, s", "bar, s")
+    lines = [f"| {' | '.join(columns)} |", "|---|---|---:|---:|---:|---:|"]
     for row in results["answers"]:
-        numbers = " | ".join(digits(row[name]) for name in ("median", "worst"))
+        numbers = " | ".join(digits(row[name]) for name in ("median", "worst", "processor"))
         lines.append(f"| {row['act']} | {row['needs']} | {numbers} | {row['limit']:g} |")
     where, settings = results["environment"], results["settings"]
     below = (
