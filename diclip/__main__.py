@@ -39,9 +39,7 @@ def evaluate(args: argparse.Namespace) -> Result:
 
     named = {name: getattr(args, name) for name in ("method", "split", "ablate") if getattr(args, name)}
     settings = _settings(args, **named)
-    if args.trained is not None:
-        run = shipped_heads(settings) if args.trained == Path() else args.trained.absolute()
-        settings = settings.model_copy(update={"trained": run})
+    settings = _with_trained(args, settings)
     if args.export:
         from diclip.export import export_voc
 
@@ -64,7 +62,9 @@ def segment(args: argparse.Namespace) -> Result:
     from diclip.runs import progress
     from diclip.segment import segment_folder
 
-    settings = _settings(args, **({"method": args.method} if args.method else {}))
+    settings = _with_trained(args, _settings(args, **({"method": args.method} if args.method else {})))
+    if not args.classes and settings.trained is None:
+        raise ValueError("found no classes to look for: name them, --classes dog,sofa, or take a network's, --trained")
     classes = list(dict.fromkeys(word.strip() for word in args.classes.split(",") if word.strip()))
     out = args.out or ROOT / "runs" / f"segment-{args.folder.resolve().name}"
     done = segment_folder(settings, args.folder, classes, out, tags=args.tags, rung=args.rung, progress=progress)
@@ -232,7 +232,9 @@ def parser() -> argparse.ArgumentParser:
     compared.add_argument("--rung", help="compare this rung of both (default: the last, and all of the same name)")
     own = command("segment", segment, "segment a folder of pictures into classes of one's own")
     own.add_argument("folder", type=Path, help="folder of pictures")
-    own.add_argument("--classes", required=True, metavar="A,B…", help="what to look for, any words, apart by commas")
+    own.add_argument("--classes", default="", metavar="A,B…", help="what to look for, any words, apart by commas")
+    where = "segment by trained parts, without tags: those of a run, or those that ship"
+    own.add_argument("--trained", type=Path, nargs="?", const=Path(), metavar="RUN", help=where)
     own.add_argument(
         "--tags", type=Path, metavar="FILE.csv", help="head image,tags; without it CLIP says what is there"
     )
@@ -286,6 +288,14 @@ def _preset(args: argparse.Namespace) -> dict[str, str]:
 
 def _settings(args: argparse.Namespace, **fixed: Any) -> Settings:
     return load_settings(**{**_preset(args), **_overrides(args), **fixed})
+
+
+def _with_trained(args: argparse.Namespace, settings: Settings) -> Settings:
+    """Add the trained parts that `--trained` names, a run's or, without a name, those that ship."""
+    if args.trained is None:
+        return settings
+    run = shipped_heads(settings) if args.trained == Path() else args.trained.absolute()
+    return settings.model_copy(update={"trained": run})
 
 
 def _yaml(path: Path | None) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from diclip import network
 from diclip.coco import coco
-from diclip.data import Batch, squash
+from diclip.data import Batch, dataset_vocabulary, squash
 from diclip.data.images import MAX_SIDE, decode_image, pictures_in
 from diclip.data.minivoc import save_mask
 from diclip.doubts import CURE, doubt_words, is_small
@@ -25,6 +26,8 @@ from diclip.evaluate import Progress, own_rule, silent
 from diclip.final import check_refinement, refiner
 from diclip.labels import pseudo_labels
 from diclip.methods import Method, build_method
+from diclip.methods.trained import load_system
+from diclip.network import Network
 from diclip.runs import environment, locked, replacing, write_json
 from diclip.settings import ROOT, Settings, load_settings, shown
 from diclip.tta import views
@@ -59,36 +62,46 @@ def segment_folder(
 
     Masks are palette PNGs at the pictures' own sizes, upright as EXIF has it: label k is the k-th class, 0 the
     background. `tags` is a CSV file, a head `image,tags`, tags apart by semicolons; of a picture that it does not name
-    CLIP says what is there (`likely_tags`). `rung` is where the system stops, by default its last. A picture that
-    cannot be read is listed and skipped, and tried again next time; what is done is not done again. Raises ValueError
-    and FileNotFoundError, in one line, for a folder without pictures, tags that are no classes, and an OUT that holds
-    masks made otherwise.
+    CLIP says what is there (`likely_tags`). `rung` is where the system stops, by default its last. With `trained` in
+    the settings the network segments, without tags, into those of the classes that it learned (all if none is named). A
+    picture that cannot be read is listed and skipped, and tried again next time; what is done is not done again. Raises
+    ValueError and FileNotFoundError, in one line, for a folder without pictures, tags that are no classes, classes that
+    the network has not learned, and an OUT that holds masks made otherwise.
     """
     check_refinement(settings)
     folder, out = Path(folder).expanduser(), Path(out).expanduser()
+    if settings.trained is not None:
+        if tags or rung not in (None, network.RUNG):
+            raise ValueError("trained parts segment without tags and rungs: leave tags and rung out, or trained")
+        classes = classes or dataset_vocabulary(settings).classes
     words = tuple(word for word in settings.background_words if word not in classes)
     settings = settings.model_copy(update={"background_words": words})
     vocabulary = settings.vocabulary(tuple(classes))
     files = pictures_in(folder)
     known = read_tags(Path(tags), vocabulary, files) if tags else {}
-    method = method or build_method(settings, vocabulary=vocabulary)
-    ladder = (*method.raw, *method.refined)
-    if rung is not None and rung not in ladder:
-        raise ValueError(f"rung is {rung!r}, expected one of {', '.join(ladder)}")
-    rung = rung or ladder[-1]
+    if settings.trained is not None:
+        theirs = dataset_vocabulary(settings)
+        learned = [theirs.indices((name,))[0] for name in classes]  # in their own order
+        method = method or load_system(settings, labels=False)
+        predict, rung, background = by_network(settings, method, learned), network.RUNG, {}
+    else:
+        method = method or build_method(settings, vocabulary=vocabulary)
+        ladder = (*method.raw, *method.refined)
+        if rung is not None and rung not in ladder:
+            raise ValueError(f"rung is {rung!r}, expected one of {', '.join(ladder)}")
+        rung = rung or ladder[-1]
+        predict, background = training_free(settings, method, rung), background_of(settings, method, rung)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
         kept = {name: value for name, value in settings.model_dump(mode="json").items() if name not in FREE}
-        background = background_of(settings, method, rung)
         request = {"classes": list(classes), "rung": rung, "background": background, "tags": known, "settings": kept}
         _agree(out, request)
-        predict = training_free(settings, method, rung)
         done = _done(out)
         new = [path for path in files if path.name not in done]
         log = out / "images.jsonl"
         parts = [new[start : start + settings.batch_size] for start in range(0, len(new), settings.batch_size)]
         for batch in progress(parts, desc=f"segment {folder.name}"):
-            for record in _segment(batch, known, settings, method, predict, out):
+            for record in _segment(batch, known, settings, method, vocabulary, predict, out):
                 with log.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
         return _finish(out, request, vocabulary, method)
@@ -97,7 +110,7 @@ def segment_folder(
 def training_free(settings: Settings, method: Method, rung: str) -> Predict:
     """Return what makes masks of a rung's maps, by its own background rule, refined by pixels if the settings say so.
 
-    Another source of masks, as a trained network, is another function of this kind.
+    Tags of the batch are classes of the method's vocabulary.
     """
     how = {**background_of(settings, method, rung), "restretch": method.restretch}
 
@@ -105,6 +118,19 @@ def training_free(settings: Settings, method: Method, rung: str) -> Predict:
         maps = dict(views(method, batch, settings))[rung]
         refine = refiner(settings, _Photographs(dict(zip(batch.names, photographs, strict=True))), batch.names)
         return pseudo_labels(maps, batch.sizes, refine=refine, **how)
+
+    return predict
+
+
+def by_network(settings: Settings, system: Network, learned: Sequence[int]) -> Predict:
+    """Return what makes masks by a trained network that may name only some of its classes (n,): label k is the k-th."""
+    kept = torch.tensor([0, *(index + 1 for index in learned)])
+
+    def predict(batch: Batch, photographs: Sequence[Tensor]) -> list[Tensor]:
+        refine = refiner(settings, _Photographs(dict(zip(batch.names, photographs, strict=True))), batch.names)
+        scores = network.probabilities(system, batch, settings)
+        some = [own[kept.to(own.device)] / own[kept.to(own.device)].sum(0) for own in scores]
+        return network.masks(list(some if refine is None else refine(some)))
 
     return predict
 
@@ -169,6 +195,7 @@ def _segment(
     known: Mapping[str, list[str]],
     settings: Settings,
     method: Method,
+    vocabulary: Vocabulary,
     predict: Predict,
     out: Path,
 ) -> Iterator[dict[str, Any]]:
@@ -184,10 +211,13 @@ def _segment(
     if not read:
         return
     images = torch.stack([squash(each.image, settings.image_size) for each in read])
-    tags = likely_tags(method, images, share=settings.tag_share)
+    if settings.trained is not None:
+        tags = [torch.tensor([], dtype=torch.long)] * len(read)
+    else:
+        tags = likely_tags(method, images, share=settings.tag_share)
     for index, each in enumerate(read):
         if each.path.name in known:
-            tags[index] = torch.tensor(method.vocabulary.indices(known[each.path.name]), dtype=torch.long)
+            tags[index] = torch.tensor(vocabulary.indices(known[each.path.name]), dtype=torch.long)
     names = [each.path.name for each in read]
     sizes = [(each.image.shape[1], each.image.shape[2]) for each in read]
     batch = Batch(names, images, tags, [None] * len(read), sizes)
@@ -197,8 +227,11 @@ def _segment(
         target = out / "masks" / f"{each.path.name}.png"
         with replacing(target) as temporary:
             save_mask(temporary, labels)
-        said = [method.vocabulary.classes[index] for index in own.tolist()]
-        source = "file" if each.path.name in known else "CLIP"
+        if settings.trained is not None:
+            own, source = mask.unique()[mask.unique() > 0] - 1, "network"
+        else:
+            source = "file" if each.path.name in known else "CLIP"
+        said = [vocabulary.classes[index] for index in own.tolist()]
         yield {"file": each.path.name, "mask": f"masks/{target.name}", "size": labels.shape, "tags": said, "by": source}
 
 

@@ -8,14 +8,18 @@ import torch
 from PIL import Image
 
 from diclip.__main__ import main
+from diclip.checkpoints import save_weights
 from diclip.coco import rle
 from diclip.data import Batch, squash
 from diclip.data.images import read_image, read_mask
 from diclip.labels import pseudo_labels
 from diclip.methods import build_method
+from diclip.methods.trained import build_system, load_system
 from diclip.segment import likely_tags, read_tags, segment_folder
 from diclip.settings import load_settings
-from diclip.vocabulary import Vocabulary
+from diclip.train import LEARNED
+from diclip.validate import at_size
+from diclip.vocabulary import VOC_CLASSES, Vocabulary
 
 CLASSES = ("sheep", "grass", "spaceship")  # a class, a background word, a word that no mini CLIP knows
 
@@ -181,3 +185,34 @@ def test_the_command_says_what_it_did(folder, models, tmp_path, capsys):
     assert "masks: 3" in said and "never heard of zebra" in said and "d.jpg" in said
     assert main([*command, "--rung", "nothing"]) == 2
     assert "rung is 'nothing'" in capsys.readouterr().err
+
+
+def test_a_network_segments_without_tags(folder, models, tmp_path):
+    """Masks are the network's, of some of its classes, in the order in which they are named."""
+    files = {name: value for name, value in models.items() if name != "batch_size"}
+    settings = load_settings(method="diclip", decoder_width=16, decoder_heads=2, batch_size=2, **files)
+    about = {name: getattr(settings, name) for name in LEARNED}
+    weights = build_system(settings, labels=False).state_dict()
+    torch.nn.init.normal_(weights["segmenter.decoder.classify.weight"], generator=torch.Generator().manual_seed(0))
+    save_weights(tmp_path / "net.safetensors", weights, {"method": "diclip", "preset": "mini", "step": 1, **about})
+    settings = settings.model_copy(update={"trained": tmp_path / "net.safetensors"})
+    done = segment_folder(settings, folder, ("sheep", "cat"), tmp_path / "out")
+    assert done["rung"] == "network" and {record["by"] for record in done["images"]} == {"network"}
+    system = load_system(settings, labels=False)
+    image = read_image(folder / "a.png")
+    logits = system.segment(squash(image, 128)[None])
+    expected = at_size(logits[0, [0, 1 + VOC_CLASSES.index("sheep"), 1 + VOC_CLASSES.index("cat")]], (60, 40))
+    mask = read_mask(tmp_path / "out" / "masks" / "a.png.png", num_classes=2)
+    assert mask.equal(expected) and len(mask.unique()) > 1
+    found = next(record for record in done["images"] if record["file"] == "a.png")
+    assert found["tags"] == [("sheep", "cat")[label - 1] for label in mask.unique().tolist() if label]
+    assert len(segment_folder(settings, folder, (), tmp_path / "all")["classes"]) == 20
+    with pytest.raises(ValueError, match="'grass' is not one of the 20 classes"):
+        segment_folder(settings, folder, CLASSES, tmp_path / "other")
+    with pytest.raises(ValueError, match="without tags and rungs"):
+        segment_folder(settings, folder, ("cat",), tmp_path / "other", rung="rar")
+
+
+def test_the_command_wants_classes_or_a_network(folder, capsys):
+    assert main(["segment", str(folder)]) == 2
+    assert "name them, --classes dog,sofa, or take a network's, --trained" in capsys.readouterr().err
