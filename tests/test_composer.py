@@ -7,8 +7,8 @@ import pytest
 
 from diclip.data.minivoc import CLASSES, render
 from diclip.explorers import SceneChoice, SceneExplorer, Studio, explore_scenes
-from diclip.explorers.composer import HIDDEN, SHOWN, WITH_DIFFUSION, Piece, compose
-from diclip.explorers.pictures import GAP, SIDE, TITLE
+from diclip.explorers.composer import HIDDEN, SHOWN, SIDE, WITH_DIFFUSION, Piece, compose
+from diclip.explorers.pictures import GAP, TITLE
 from diclip.settings import load_settings
 
 PAIR = SceneChoice((Piece("sheep", x=38, size=70), Piece("dog", x=92, size=64)), distractors=2, seed=3)

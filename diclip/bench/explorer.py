@@ -117,6 +117,7 @@ def explorer_table(results: Mapping[str, Any]) -> str:
     below = (
         f"From a choice to a PNG, {settings['bench_repeats']} times each, every time something not seen before; preset "
         f"`{settings['preset']}`, {where['device']}, {where['threads']} thread(s), torch {where['packages']['torch']}. "
-        "`nothing new`: the models' answers are remembered; `CLIP`: a pass through it; `diffusion`: a step of it too."
+        "`nothing new`: the models' answers are remembered; `CLIP`: a pass through it; `diffusion`: a step of it too. "
+        "`of a processor`: seconds of all threads together; where other work runs beside it, the clock shows more."
     )
     return "\n".join([*lines, "", below])

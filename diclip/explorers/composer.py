@@ -19,6 +19,7 @@ from diclip.explorers.core import Photo, Studio, View
 from diclip.explorers.pictures import Panel
 
 FRAME = 128
+SIDE = 224  # of a panel: there are eleven
 OWN, HIDDEN = "its own", "hidden"
 # What is shown of a scene: from CLIP's own patches to what each system has last before any refinement.
 SHOWN = (("clip", "clip"), ("clip", "intra"), ("clip", "caa"), ("clip-es", "gradcam"), ("excel", "tse"))
@@ -97,7 +98,7 @@ class SceneExplorer:
     def __init__(self, studio: Studio) -> None:
         self.studio, self.cams = studio, CamExplorer(studio)
 
-    def view(self, choice: SceneChoice, *, side: int = pictures.SIDE) -> View:
+    def view(self, choice: SceneChoice, *, side: int = SIDE) -> View:
         """Draw a choice; raise ValueError, in one line, for a wrong one."""
         if choice.look_for not in self.studio.classes:
             raise ValueError(f"{choice.look_for!r} is no class of the dataset, expected one of MiniVOC's")

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from zlib import Z_RLE
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +39,8 @@ def png(pixels: Pixels, *, small: bool = False) -> bytes:
     if small:
         size = (round(image.width / 1.5), round(image.height / 1.5))
         image = image.resize(size, Image.Resampling.LANCZOS).quantize(256, dither=Image.Dither.NONE)
-    image.save(file, "PNG", optimize=small, compress_level=1)
+    how = {"optimize": True} if small else {"compress_level": 1, "compress_type": Z_RLE}
+    image.save(file, "PNG", **how)
     return file.getvalue()
 
 
@@ -59,8 +61,8 @@ def stretch(values: Any, shape: Sequence[int]) -> NDArray[np.float32]:
 def overlay(picture: Pixels, heat: Any, *, opacity: float = 0.6, colours: str = "magma") -> Pixels:
     """Lay a map (h, w) in [0, 1] of any resolution over a picture, which turns grey below it."""
     index = (stretch(heat, picture.shape) * 255).round().clip(0, 255).astype(np.uint8)
-    grey = picture.mean(2, dtype=np.float32)[..., None]
-    return ((1 - opacity) * grey + opacity * _heats(colours)[index]).astype(np.uint8)
+    grey = (picture.sum(2, dtype=np.uint16) * np.float32((1 - opacity) / 3)).astype(np.uint8)
+    return grey[..., None] + (opacity * _heats(colours)).astype(np.uint8)[index]  # no more than 255 together
 
 
 def painted(labels: Any, shape: Sequence[int]) -> Pixels:
