@@ -15,6 +15,7 @@ from diclip.explorers.runs import ORDERS, image_ious, predict_again
 from diclip.runs import write_json
 from diclip.score import image_counts
 from diclip.settings import load_settings
+from diclip.train import train
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +158,19 @@ def test_the_board_follows_the_runs(studio, root, tmp_path):
     board["first"].value, board["look"].value = "runs/explorer/val_00000-1", "pictures"
     assert "pictures: 1" in board.line.value
     assert "there is no run" in explore_runs(studio, root=tmp_path).line.value
+
+
+def test_a_networks_masks_are_made_again(studio, tmp_path):
+    (tmp_path / "sentences.yaml").write_text("".join(f"{name}: [it is a thing.]\n" for name in studio.classes))
+    own = {name: str(getattr(studio.settings, name)) for name in ("clip_model", "data_root", "device")}
+    small = {"decoder_width": 16, "decoder_heads": 2, "attribute_clusters": 1, "par_rounds": 1}
+    short = {"max_iters": 3, "limit": 3, "validate_every": 0, "score_pseudo_labels": False, "learning_rate": 0.05}
+    files = {"attributes": str(tmp_path / "sentences.yaml"), "run_dir": str(tmp_path / "runs" / "net")}
+    train(load_settings(method="excel", **own, **small, **short, **files))
+    run = find_runs(tmp_path)["runs/net"]
+    counts = load_result(run.result).counts("network")
+    for index, expected in enumerate(counts):
+        photo = studio.photo(Pick("val", index))
+        labels = predict_again(studio, run, "network", photo)
+        np.testing.assert_array_equal(image_counts(labels, photo.mask, num_classes=20), expected)
+    assert "runs/net" in RunExplorer(studio, root=tmp_path).view(RunChoice("runs/net", look="images")).line

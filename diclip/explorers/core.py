@@ -77,6 +77,7 @@ class RememberingCLIP:
         bias: Tensor | None = None,
         tokens: str | None = "clean",
         need_attention: bool = True,
+        need_pull: bool = False,
     ) -> Encoded:
         """Do as DenseCLIP.encode does."""
         how = {
@@ -84,6 +85,7 @@ class RememberingCLIP:
             "surgery_blocks": surgery_blocks,
             "tokens": tokens,
             "need_attention": need_attention,
+            "need_pull": need_pull,
         }
         key = (digest(images, bias), *how.values())
         return self._memo("clip", key, lambda: self._clip.encode(images, bias=bias, **how))

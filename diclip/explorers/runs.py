@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diclip import network
 from diclip.compare import Stored, load_result
 from diclip.data.images import decode_image
 from diclip.evaluate import own_rule
@@ -20,6 +21,7 @@ from diclip.explorers import pictures
 from diclip.explorers.cam import LADDERS, CamChoice, CamExplorer, class_iou
 from diclip.explorers.core import Photo, Pick, Studio, View
 from diclip.explorers.pictures import Panel, Pixels
+from diclip.methods.trained import load_system
 from diclip.plots import lines, scatter
 from diclip.score import Counts
 from diclip.settings import ROOT, load_settings, shown
@@ -221,9 +223,14 @@ class RunExplorer:
 
 
 def predict_again(studio: Studio, run: Run, system: str, photo: Photo) -> Tensor | None:
-    """Make the labels (H, W) of a rung of a stored result again; None for what is no rung, as a trained network."""
+    """Make the labels (H, W) of a rung of a stored result, or of a run's network, again; None for what cannot be."""
     found = _read(run.result)
     said = run.settings
+    if system == network.RUNG and (run.path / "checkpoints").is_dir():
+        settings = load_settings(**said).model_copy(update={"device": studio.settings.device, "trained": run.path})
+        trained = studio.memo("network", run.name, lambda: load_system(settings, studio.clip, labels=False))
+        batch = studio.batch(photo, (), studio.classes)
+        return network.masks(network.probabilities(trained, batch, settings))[0]
     if system not in LADDERS.get(said.get("method", ""), ()):
         return None
     settings = load_settings(**said).model_copy(update={"device": studio.settings.device, "ablate": False})
