@@ -18,7 +18,8 @@ from diclip.export import export_voc
 from diclip.methods import build_method
 from diclip.methods.trained import build_system, load_system
 from diclip.outside import measure_masks
-from diclip.settings import load_settings
+from diclip.score import image_counts, miou
+from diclip.settings import load_settings, shipped_heads
 from diclip.train import LEARNED
 from diclip.validate import at_size
 from diclip.vocabulary import VOC_CLASSES
@@ -167,3 +168,15 @@ def test_faults_are_one_line(settings, tmp_path):
         load({"decoder_width": 32})
     with pytest.raises(FileNotFoundError, match="no file of weights and no run's folder"):
         load_system(settings.model_copy(update={"trained": tmp_path / "nothing"}))
+
+
+@pytest.mark.parametrize("method", ["excel", "diclip"])
+def test_what_ships_segments_real_scenes(method, tiny_world):
+    """Segment the first scenes of MiniVOC's val without tags: far above saying background everywhere."""
+    plain = load_settings(method=method, data_root=str(tiny_world), device="cpu", batch_size=8)
+    settings = plain.model_copy(update={"trained": shipped_heads(plain)})
+    system = load_system(settings, labels=False)
+    (batch,) = loader(open_dataset(settings), settings)
+    found = network.masks(network.probabilities(system, batch, settings))
+    counts = np.stack([image_counts(x, y, num_classes=20) for x, y in zip(found, batch.masks, strict=True)])
+    assert miou(counts.sum(0)) > 25
