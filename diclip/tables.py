@@ -180,6 +180,7 @@ ABLATIONS = {
     "without_both": "without both",
     "with_caa": "labels spread by CAA and five rounds of RAR, as published",
     "parity": "with the released code's ways",
+    "masks": "taught by true masks",
 }
 
 
