@@ -52,3 +52,10 @@ def test_costs_stand_at_their_minutes():
     assert axis.get_xscale() == "log" and axis.get_xlim()[0] < 131.8 < 1598 < axis.get_xlim()[1]
     assert all(word in shown(figure) for word in ("tags of 400", "masks of 33", "minutes of annotation", "val"))
     assert plt.get_fignums() == before
+
+
+def test_names_of_equal_minutes_do_not_cover_one_another():
+    near = {**POINTS[0], "name": "more tags", "miou": 46.2}
+    (axis,) = pictures.costs([*POINTS, near]).axes
+    heights = {text.get_text(): text.xy[1] for text in axis.texts}
+    assert heights["tags of 400"] == 46.0 and heights["more tags"] >= 48.5 and heights["masks of 400"] == 60.0
