@@ -55,4 +55,4 @@ def test_every_import_is_a_dependency():
     known = ranges(PROJECT["dependencies"] + optional)
     owners = packages_distributions()
     missing = {top for top in tops if not {canonicalize_name(name) for name in owners.get(top, [])} & known.keys()}
-    assert missing <= {"pydensecrf"}  # of the optional pydensecrf2, which need not be installed here
+    assert missing <= {"pydensecrf", "ray"}  # of the optional pydensecrf2 and ray, which need not be installed here

@@ -53,6 +53,16 @@ FIGURES = {
         1,
         ["u", "v", "block", "likeness", "over"],
     ),
+    "lines": lambda: (
+        plots.lines({"u": ([1, 2, 5], [1, 2, 3]), "v": ([0, 9], [3, 2])}, xlabel="step", ylabel="loss"),
+        1,
+        ["u", "v", "step", "loss"],
+    ),
+    "scatter": lambda: (
+        plots.scatter(np.array([10, 90]), np.array([20, 80]), xlabel="before", ylabel="after", marked=1),
+        1,
+        ["before", "after"],
+    ),
     "bars": lambda: (
         plots.bars({"auc": 0.745, "acc": 0.2}, xlabel="share", limit=0.77, intervals={"auc": (0.7, 0.8)}),
         1,
