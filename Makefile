@@ -62,6 +62,10 @@ results: .venv/ready  ## measure again every number and draw again every figure 
 	$(BIN)/diclip effects --set limit=300 --json data/results/effects.json
 	$(BIN)/diclip judge --json data/results/judge.json
 	$(BIN)/diclip sweep params/sweep_seeds.yaml --json data/results/training.json
+	$(BIN)/diclip evaluate --method diclip --trained --set limit=300 --set baselines=false --set background=fixed \
+		--json data/results/network-tags.json
+	$(BIN)/diclip evaluate --method diclip --trained runs/sweep-seeds/masks/seed=0 --set limit=300 --set baselines=false \
+		--json data/results/network-masks.json
 	$(BIN)/diclip sweep params/sweep_ablations.yaml --json data/results/ablations.json
 	$(BIN)/diclip bench --preset voc --random-weights --json data/results/bench.json
 	$(BIN)/diclip bench --explorer --json data/results/bench-explorer.json

@@ -21,6 +21,9 @@ from diclip.settings import ROOT, Settings, load_settings, shipped_heads, shown
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
+SHIPPED = object()  # what `--trained` without a run means
+
+
 def demo(args: argparse.Namespace) -> Result:
     from diclip.demo import run_demo
 
@@ -105,6 +108,8 @@ def train(args: argparse.Namespace) -> Result:
     chosen = {**_yaml(args.params), **_preset(args), **{name: x for name, x in named.items() if x}, **_overrides(args)}
     if "run_dir" not in chosen and args.resume == "auto":
         raise ValueError("found --resume auto without a run to resume: name it by --run-dir")
+    if "run_dir" not in chosen and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("found several processes without a common folder: name it by --run-dir")
     settings = load_settings(**{"run_dir": str(fresh_folder("train")), **chosen})
     return train(settings, progress, resume=args.resume == "auto")
 
@@ -217,7 +222,7 @@ def parser() -> argparse.ArgumentParser:
     scored.add_argument("--method", help="the system, as --set method=…")
     scored.add_argument("--split", help="the images, as --set split=…")
     where = "also with its trained parts: those of a run, or those that ship, as --set trained=…"
-    scored.add_argument("--trained", type=Path, nargs="?", const=Path(), metavar="RUN", help=where)
+    scored.add_argument("--trained", type=Path, nargs="?", const=SHIPPED, metavar="RUN", help=where)
     scored.add_argument("--ablate", action="store_true", help="also without each part, as --set ablate=true")
     scored.add_argument(
         "--masks", type=Path, metavar="FOLDER", help="score these PNG or npy masks, of whomever, instead"
@@ -234,7 +239,7 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("folder", type=Path, help="folder of pictures")
     own.add_argument("--classes", default="", metavar="A,B…", help="what to look for, any words, apart by commas")
     where = "segment by trained parts, without tags: those of a run, or those that ship"
-    own.add_argument("--trained", type=Path, nargs="?", const=Path(), metavar="RUN", help=where)
+    own.add_argument("--trained", type=Path, nargs="?", const=SHIPPED, metavar="RUN", help=where)
     own.add_argument(
         "--tags", type=Path, metavar="FILE.csv", help="head image,tags; without it CLIP says what is there"
     )
@@ -294,7 +299,9 @@ def _with_trained(args: argparse.Namespace, settings: Settings) -> Settings:
     """Add the trained parts that `--trained` names, a run's or, without a name, those that ship."""
     if args.trained is None:
         return settings
-    run = shipped_heads(settings) if args.trained == Path() else args.trained.absolute()
+    if settings.method not in ("excel", "diclip"):
+        raise ValueError(f"method {settings.method!r} has no trained parts: add --method excel or --method diclip")
+    run = shipped_heads(settings) if args.trained is SHIPPED else args.trained.absolute()
     return settings.model_copy(update={"trained": run})
 
 

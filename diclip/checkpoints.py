@@ -12,10 +12,29 @@ import torch
 from torch import Tensor
 
 from diclip.runs import replacing
-from diclip.settings import load_settings, shipped_heads, shown
+from diclip.settings import Settings, load_settings, shipped_heads, shown
 
 WEIGHTS = "model.safetensors"
 KEY = "diclip"  # the only metadata key: files with several list them in any order
+
+
+LEARNED = (
+    "supervision",
+    "parity_crops_see_masks",
+    "attention",
+    "surgery_blocks",
+    "bias_strength",
+    "decoder_tokens",
+    "decoder_width",
+    "decoder_heads",
+    "decoder_layers",
+    "pair_mean",
+    "affinity_from",
+    "dynamic_from",
+    "adapter_slots",
+    "adapter_strength",
+)
+"""Settings that weights remember: without them they would be read wrongly."""
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
@@ -43,6 +62,11 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{shown(path)}: holds no weights of a training ({error}): copy the file again") from None
 
 
+def with_learned(settings: Settings, system: Any) -> Settings:
+    """Return settings with what a trained system's weights remember in their place."""
+    return settings.model_copy(update={name: getattr(system.settings, name) for name in LEARNED})
+
+
 def find_weights(path: Path) -> Path:
     """Return the weights' file that a path names: itself, or those that a run's folder was scored with.
 
@@ -54,7 +78,8 @@ def find_weights(path: Path) -> Path:
     if not settings.is_file():
         raise FileNotFoundError(f"{shown(path)}: no file of weights and no run's folder: name another, or train first")
     which = json.loads(settings.read_text(encoding="utf-8")).get("scored_checkpoint", "last")
-    return path / "checkpoints" / which / WEIGHTS
+    scored = path / "checkpoints" / which / WEIGHTS
+    return scored if scored.is_file() else path / "checkpoints" / "last" / WEIGHTS  # without validations none is best
 
 
 def ship(run: Path, path: Path | None = None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from diclip import network
 from diclip.baselines import grabcut
 from diclip.cam import Maps
+from diclip.checkpoints import with_learned
 from diclip.compare import save_counts
 from diclip.data import Batch, VOCFolder, batches, open_dataset
 from diclip.data.images import VOID
@@ -87,6 +88,8 @@ def measure(settings: Settings, progress: Progress = silent, *, method: Method |
     """
     check_refinement(settings)
     method = method or build_method(settings)
+    if settings.trained is not None:
+        settings = with_learned(settings, method)
     background = choose_background(settings, method, progress)
     dataset = open_dataset(settings)
     if not len(dataset):

@@ -14,7 +14,7 @@ import numpy as np
 from torch.utils.data import Subset
 
 from diclip import network
-from diclip.checkpoints import find_weights
+from diclip.checkpoints import find_weights, with_learned
 from diclip.data import Batch, open_dataset
 from diclip.data.minivoc import save_mask
 from diclip.data.voc import VOCFolder
@@ -60,6 +60,8 @@ def export_voc(
     if dataset.class_names != VOC_CLASSES:
         raise ValueError(f"{settings.dataset} has {len(dataset.class_names)} classes of its own, expected VOC's 20")
     method = method or build_method(settings)
+    if settings.trained is not None:
+        settings = with_learned(settings, method)
     ladder = (*method.raw, *method.refined, *([network.RUNG] if settings.trained else []))
     rung = rung or ladder[-1]
     if rung not in ladder:

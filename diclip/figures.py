@@ -46,7 +46,8 @@ def cams(path: Path, *, count: int = 5) -> None:
         if rung in method.baselines:
             continue
         rule = "one_minus_max" if rung in method.refined else "fixed"
-        labels[rung] = pseudo_labels(maps, batch.sizes, rule=rule, score=background[rung])
+        how = {"rule": rule, "score": background[rung], "restretch": method.restretch}
+        labels[rung] = pseudo_labels(maps, batch.sizes, **how)
         firsts = [next(p for p in range(len(maps)) if maps.image[p] == b) for b in range(len(batch))]
         kinds[rung] = minmax(maps.scores, (-2, -1))[firsts]
     masks = {f"labels of {rung}": labels[rung] for rung in ("intra", "rar")} | {"truth": batch.masks}

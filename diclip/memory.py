@@ -51,7 +51,7 @@ class Memory:
         """Read what `save` wrote; raise ValueError for a file that is absent, damaged or something else."""
         from safetensors import SafetensorError, safe_open
 
-        remedy = "build one with `diclip memory`"
+        remedy = "build one with `diclip memory` and the same --preset"
         if not Path(path).is_file():
             raise ValueError(f"there is no memory at {shown(path)}: {remedy}")
         try:

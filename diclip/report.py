@@ -101,7 +101,7 @@ def protocol(settings: Settings, versions: dict[str, Any], *, images: int, masks
     return {
         **where,
         "tags": "given to maps, not to the network" if settings.trained else "given",
-        **({"trained": shown(settings.trained)} if settings.trained else {}),
+        **({"trained": shown(settings.trained), "supervision": supervision(settings)} if settings.trained else {}),
         "scales": f"{', '.join(f'{scale:g}' for scale in settings.scales)} of {settings.image_size} px",
         "flip": settings.flip_join if settings.flip else "no",
         **refinement(settings),
@@ -109,6 +109,11 @@ def protocol(settings: Settings, versions: dict[str, Any], *, images: int, masks
         "masks used for choosing": chosen if settings.background == "sweep" else "none",
         **run,
     }
+
+
+def supervision(settings: Settings) -> str:
+    """Return in words what a network learned from."""
+    return settings.supervision + (", crops chosen by masks" if settings.parity_crops_see_masks else "")
 
 
 def origin(settings: Settings, versions: dict[str, Any], *, images: int) -> dict[str, str]:

@@ -19,9 +19,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from diclip.cluster import as_tasks, check_ray
 from diclip.compare import load_result
 from diclip.evaluate import Progress, silent
-from diclip.runs import locked, write_json
+from diclip.runs import is_finished, locked, write_json
 from diclip.score import Counts, miou, paired_interval
 from diclip.settings import ROOT, Folder, load_settings, shown
+from diclip.train import FREE
 
 MEASURED = ("val_miou", "pseudo_miou", "training_free_miou", "full_supervision_miou", "seconds", "peak_mb")
 
@@ -98,7 +99,7 @@ def run_sweep(path: str | Path, progress: Progress = silent, *, cluster: bool = 
         jobs = {
             folder: (folder, given, sweep.notebook)
             for folder, (*_, given) in zip(folders, runs, strict=True)
-            if not (folder / "finished.json").exists()
+            if not _is_done(folder, given, sweep.notebook)
         }
         ended = as_tasks(_execute, jobs, gpu_share=sweep.gpu_share) if cluster else _in_turn(jobs)
         states = dict.fromkeys(folders, ("finished", None)) | dict(progress(ended, total=len(jobs), desc="sweep"))
@@ -108,6 +109,13 @@ def run_sweep(path: str | Path, progress: Progress = silent, *, cluster: bool = 
         result = {"runs": rows, "means": means(rows), **pairs, "problems": failed}
         write_json(sweep.run_dir / "table.json", result)
     return result
+
+
+def _is_done(folder: Path, given: dict[str, Any], notebook: str | None) -> bool:
+    """Tell whether a run is finished; raise ValueError for a training of other settings, which none may overwrite."""
+    if notebook:
+        return (folder / "finished.json").exists()
+    return is_finished(folder, load_settings(**given), free=FREE)
 
 
 def _in_turn(jobs: dict[Path, tuple[Any, ...]]) -> Iterator[tuple[Path, tuple[str, str | None]]]:

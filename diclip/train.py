@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diclip.checkpoints import WEIGHTS, forget, load_checkpoint, load_weights, save_checkpoint, save_weights
+from diclip.checkpoints import LEARNED, WEIGHTS, forget, load_checkpoint, load_weights, save_checkpoint, save_weights
 from diclip.data import Batch, open_dataset
 from diclip.data.crops import crop_batches, training_images
 from diclip.evaluate import Evaluation, Progress, silent
@@ -32,21 +32,6 @@ Watch = Callable[[dict[str, Any], System], None]
 
 FREE = ("batch_size", "data_root", "device", "max_minutes", "reference_run", "run_dir", "workers")
 """Settings that may differ when a training is resumed: what it computes does not depend on them."""
-
-
-LEARNED = (
-    "supervision",
-    "decoder_tokens",
-    "decoder_width",
-    "decoder_heads",
-    "decoder_layers",
-    "pair_mean",
-    "affinity_from",
-    "dynamic_from",
-    "adapter_slots",
-    "adapter_strength",
-)
-"""Settings that weights remember: without them they would be read wrongly."""
 
 
 @dataclass

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diclip.data import Batch, open_dataset
 from diclip.evaluate import Evaluation, Progress, finish, loader, silent
-from diclip.report import origin
+from diclip.report import origin, supervision
 from diclip.score import Counts, image_counts
 from diclip.settings import Settings
 from diclip.tally import Rows, dense_of, rows_of
@@ -87,7 +87,7 @@ def write_evaluation(found: Evaluation, path: Path, *, checkpoint: str) -> dict[
     settings = found.settings
     protocol = {
         **origin(settings, found.versions, images=len(found.names)),
-        "supervision": settings.supervision + (", crops chosen by masks" if settings.parity_crops_see_masks else ""),
+        "supervision": supervision(settings),
         "tags": "given to pseudo labels, not to the network",
         "scales": f"1 of {settings.image_size} px",
         "flip": "no",

@@ -145,7 +145,7 @@ def test_only_the_trained_parts_are_trained(make, clip, method):
     frozen = [weight.clone() for weight in clip.model.parameters()]
     assert all(name.startswith("segmenter.") for name in system.state_dict())
     optimiser = torch.optim.AdamW(system.parameters(), lr=1e-3)
-    losses = system(given, step=0, generator=torch.Generator().manual_seed(0))
+    losses = system.loss(given, step=0, generator=torch.Generator().manual_seed(0))
     losses["loss"].backward()
     assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in system.parameters())
     assert not any(losses[name].requires_grad for name in losses if name != "loss")

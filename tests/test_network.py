@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from diclip import network
-from diclip.checkpoints import load_weights, save_weights, ship
+from diclip.checkpoints import LEARNED, load_weights, save_weights, ship
 from diclip.clip import load_clip
 from diclip.data import Batch, open_dataset
 from diclip.evaluate import evaluate, loader, measure
@@ -20,7 +20,6 @@ from diclip.methods.trained import build_system, load_system
 from diclip.outside import measure_masks
 from diclip.score import image_counts, miou
 from diclip.settings import load_settings, shipped_heads
-from diclip.train import LEARNED
 from diclip.validate import at_size
 from diclip.vocabulary import VOC_CLASSES
 

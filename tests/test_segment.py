@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from diclip.__main__ import main
-from diclip.checkpoints import save_weights
+from diclip.checkpoints import LEARNED, save_weights
 from diclip.coco import rle
 from diclip.data import Batch, squash
 from diclip.data.images import read_image, read_mask
@@ -17,7 +17,6 @@ from diclip.methods import build_method
 from diclip.methods.trained import build_system, load_system
 from diclip.segment import likely_tags, read_tags, segment_folder
 from diclip.settings import load_settings
-from diclip.train import LEARNED
 from diclip.validate import at_size
 from diclip.vocabulary import VOC_CLASSES, Vocabulary
 

@@ -202,7 +202,8 @@ class Studio:
         if self.lacks_diffusion:
             return self.lacks_diffusion
         if not self.settings.memory.is_file():
-            return f"there is no memory at {shown(self.settings.memory)}: build one with `diclip memory`"
+            where = shown(self.settings.memory)
+            return f"there is no memory at {where}: build one with `diclip memory` and the same --preset"
         return None
 
     @property

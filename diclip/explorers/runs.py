@@ -214,7 +214,7 @@ class RunExplorer:
         return f"{title}{mean}", pictures.painted(labels, base.shape)
 
     def _photo(self, name: str, run: Run) -> Photo | None:
-        settings, own = run.settings, self.studio.settings
+        settings, own = {**run.settings, **_read(run.result).get("settings", {})}, self.studio.settings
         if any(settings.get(key) != getattr(own, key) for key in ("dataset", "minivoc_seed")):
             return None
         split = name.rpartition("_")[0] if own.dataset == "minivoc" else settings["split"]
@@ -226,7 +226,10 @@ def predict_again(studio: Studio, run: Run, system: str, photo: Photo) -> Tensor
     """Make the labels (H, W) of a rung of a stored result, or of a run's network, again; None for what cannot be."""
     found = _read(run.result)
     said = run.settings
-    if system == network.RUNG and (run.path / "checkpoints").is_dir():
+    if said.get("trained") or said.get("scales", [1.0]) != [1.0] or said.get("flip"):
+        return None
+    same = all(said.get(name) == studio.settings.model_dump(mode="json")[name] for name in ("clip_model", "image_size"))
+    if system == network.RUNG and same and (run.path / "checkpoints").is_dir():
         settings = load_settings(**said).model_copy(update={"device": studio.settings.device, "trained": run.path})
         trained = studio.memo("network", run.name, lambda: load_system(settings, studio.clip, labels=False))
         batch = studio.batch(photo, (), studio.classes)

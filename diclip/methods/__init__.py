@@ -67,9 +67,8 @@ def build_method(settings: Settings, clip: DenseCLIP | None = None, *, vocabular
     if settings.method == "diclip":
         from diclip.memory import Memory
 
-        memory = Memory.load(settings.memory)
-        if vocabulary and vocabulary.classes != memory.classes:
-            memory = None
+        own = vocabulary is not None and vocabulary.classes != dataset_vocabulary(settings).classes
+        memory = None if own else Memory.load(settings.memory)
     clip = clip or build_clip(settings)
     if settings.method == "clip":
         from diclip.methods.clip import PlainCLIP

@@ -64,7 +64,7 @@ class DiCLIP(PlainCLIP):
         if memory is not None and memory.classes != self.vocabulary.classes:
             odd = sorted(set(memory.classes) ^ set(self.vocabulary.classes))[:3]
             found = f"other classes ({', '.join(odd)} …)" if odd else "the classes in another order"
-            raise ValueError(f"the memory knows {found}: build one with `diclip memory`")
+            raise ValueError(f"the memory knows {found}: build one with `diclip memory` and the same --preset")
         self.diffusion, self.memory = diffusion, memory
         self.lacking = () if memory else ("tsa",)
         self.raw = tuple(rung for rung in self.raw if rung not in self.lacking)
@@ -163,7 +163,7 @@ class DiCLIP(PlainCLIP):
         """Add what a memory (the system's own) retrieves to class maps (B, C, h, w)."""
         settings, memory = self.settings, memory or self.memory
         if memory is None:
-            raise ValueError("there is no memory to retrieve from: build one with `diclip memory`")
+            raise ValueError("no memory to retrieve from: build one with `diclip memory` and the same --preset")
         found = retrieve(
             encoded.patches,
             encoded.pooled,

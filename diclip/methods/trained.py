@@ -63,12 +63,6 @@ class System(nn.Module):
             raise ValueError("this system only segments, it has no maps and labels: build it with labels=True")
         return self._teacher
 
-    def forward(
-        self, batch: Batch, *, step: int | None = None, generator: torch.Generator | None = None
-    ) -> dict[str, Tensor]:
-        """Return `loss`, for wrappers that call a module, such as DistributedDataParallel."""
-        return self.loss(batch, step=step, generator=generator)
-
     def loss(
         self, batch: Batch, *, step: int | None = None, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
