@@ -202,3 +202,29 @@ def tensors():
         return [tensor for value in values for tensor in found(value)]
 
     return found
+
+
+@pytest.fixture(scope="module")
+def models(tiny_clip, tiny_world):
+    """Name a tiny CLIP and a small world, for explorers."""
+    return {"clip_model": str(tiny_clip), "data_root": str(tiny_world), "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def studio(models, tmp_path_factory):
+    """Return a studio without a diffusion model and a memory."""
+    from diclip.explorers import Studio
+    from diclip.settings import load_settings
+
+    nowhere = tmp_path_factory.mktemp("nowhere")
+    lacking = {"diffusion_model": str(nowhere / "diffusion"), "memory": str(nowhere / "memory.safetensors")}
+    return Studio(load_settings(**models, **lacking))
+
+
+@pytest.fixture(scope="module")
+def full_studio(models, tiny_diffusion, tiny_memory):
+    """Return a studio with all that DiCLIP needs, tiny."""
+    from diclip.explorers import Studio
+    from diclip.settings import load_settings
+
+    return Studio(load_settings(**models, diffusion_model=str(tiny_diffusion), memory=str(tiny_memory)))
