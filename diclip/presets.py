@@ -57,19 +57,24 @@ _PUBLISHED_DECODER: dict[str, Any] = {
 # load_settings("voc", method="excel", **QUIRKS).
 QUIRKS: dict[str, Any] = {"decoder_tokens": "aliased", "pair_mean": "batch", "par_image": "truncated"}
 
+# What VOC and COCO have in common: the CLIP, its pixels, and no masks to choose by but those of the training images.
+_PHOTOGRAPHS: dict[str, Any] = {
+    "tune_split": "train",
+    "baselines": False,
+    "image_size": 320,
+    "gradcam_pool": "patches",
+    "clip_model": "ViT-B-16-quickgelu",
+    "clip_pretrained": "openai",
+    "pixel_norm": "imagenet",
+}
+
 # What a preset changes of the defaults.
 PRESETS: dict[str, dict[str, Any]] = {
     "mini": {},
     "voc": {
         "dataset": "voc",
         "split": "train",
-        "tune_split": "train",
-        "baselines": False,
-        "image_size": 320,
-        "gradcam_pool": "patches",
-        "clip_model": "ViT-B-16-quickgelu",
-        "clip_pretrained": "openai",
-        "pixel_norm": "imagenet",
+        **_PHOTOGRAPHS,
         "attributes": "diclip/sentences/voc.yaml",
         "attribute_clusters": 112,
         **_STABLE_DIFFUSION,
@@ -82,13 +87,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "coco": {
         "dataset": "coco",
-        "tune_split": "train",
-        "baselines": False,
-        "image_size": 320,
-        "gradcam_pool": "patches",
-        "clip_model": "ViT-B-16-quickgelu",
-        "clip_pretrained": "openai",
-        "pixel_norm": "imagenet",
+        **_PHOTOGRAPHS,
         "background_words": tuple(word for word in BACKGROUND_WORDS if word not in ("keyboard", "sign")),
         "tau_box": 0.88,
         "attributes": "diclip/sentences/coco.yaml",
