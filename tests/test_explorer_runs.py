@@ -173,4 +173,6 @@ def test_a_networks_masks_are_made_again(studio, tmp_path):
         photo = studio.photo(Pick("val", index))
         labels = predict_again(studio, run, "network", photo)
         np.testing.assert_array_equal(image_counts(labels, photo.mask, num_classes=20), expected)
-    assert "runs/net" in RunExplorer(studio, root=tmp_path).view(RunChoice("runs/net", look="images")).line
+    browser = RunExplorer(studio, root=tmp_path)
+    assert "runs/net" in browser.view(RunChoice("runs/net", look="images")).line
+    assert "at step 3" in browser.view(RunChoice("runs/net", look="curves")).line
