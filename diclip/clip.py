@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Literal
 
 import torch
@@ -16,6 +17,7 @@ from diclip.surgery import ATTENTIONS, alias_tokens, attend, head_sum, merge, pr
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+LOADING = Lock()  # while the libraries load a model they patch PyTorch for all threads: one at a time
 
 
 @dataclass(frozen=True)
@@ -194,8 +196,9 @@ def load_clip(
 
     name, weights, remedy = _source(str(model), None if pretrained is None else str(pretrained))
     try:
-        clip = open_clip.create_model(name, pretrained=weights, device=device, require_pretrained=True)
-        tokenizer = open_clip.get_tokenizer(name)
+        with LOADING:
+            clip = open_clip.create_model(name, pretrained=weights, device=device, require_pretrained=True)
+            tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # whatever open_clip, safetensors, pickle or the network raise, in one line
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"CLIP {shown(model)} could not be loaded ({reason}); {remedy}") from error

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from diclip.clip import LOADING
 from diclip.settings import shown
 from diclip.surgery import attend
 from diclip.taps import Layer, attentions, hint, tap
@@ -240,7 +241,8 @@ def load_diffusion(
     faults: list[str] = []
     for name in models:
         try:
-            pipeline = _read(name)
+            with LOADING:
+                pipeline = _read(name)
         except Exception as error:  # whatever diffusers, transformers, safetensors or the network raise, in one line
             reason = shorten(str(error).strip() or type(error).__name__, 160, placeholder=" …")
             faults.append(f"{shown(name)} ({reason})")

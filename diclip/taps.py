@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from difflib import get_close_matches
 from functools import partial
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
@@ -62,8 +63,9 @@ def tap(
 ) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     """Record queries and keys (B, heads, n, d), float32, of the attentions `names` at each call of a U-Net.
 
-    The dictionary holds those of the last call. Forward hooks do the work: processors stay as they are, and
-    at the end, or at an exception, nothing is left in the model. To `stop` is to leave the U-Net's call, and with it
+    The dictionary holds those of the last call that the thread made which taps: others may use the U-Net meanwhile.
+    Forward hooks do the work: processors stay as they are, and at the end, or at an exception, nothing is left in the
+    model. To `stop` is to leave the U-Net's call, and with it
     the `with` block, when all are recorded: what comes after the last of them is not computed. Raises ValueError for
     an unknown name.
 
@@ -74,14 +76,18 @@ def tap(
     known = attentions(unet)
     queries: dict[str, Tensor] = {}
     taps: dict[str, tuple[Tensor, Tensor]] = {}
+    owner = get_ident()
 
     def split(output: Tensor, name: str) -> Tensor:
         return output.unflatten(-1, (known[name].heads, -1)).transpose(1, 2).float()
 
     def keep_query(name: str, module: nn.Module, arguments: Any, output: Tensor) -> None:
-        queries[name] = split(output, name)
+        if get_ident() == owner:
+            queries[name] = split(output, name)
 
     def keep_key(name: str, module: nn.Module, arguments: Any, output: Tensor) -> None:
+        if get_ident() != owner:
+            return
         taps[name] = queries.pop(name), split(output, name)
         if stop and len(taps) == len(set(names)):
             raise _Enough

@@ -1,5 +1,6 @@
 """Test the frozen diffusion model on a tiny random pipeline: taps, one noised step, generation, loading."""
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
@@ -120,6 +121,19 @@ def test_taps_nest_and_repeat(diffusion):
     with tap(diffusion.unet, [COARSE, COARSE]) as outer, tap(diffusion.unet, [COARSE]) as inner:
         diffusion.predict(torch.zeros(1, 4, 8, 8), timestep=0, generator=seeded())
     assert outer[COARSE][0].equal(inner[COARSE][0]) and outer[COARSE][1].equal(inner[COARSE][1])
+
+
+def test_another_thread_is_neither_recorded_nor_stopped(diffusion):
+    """A notebook's cells and its widgets use one U-Net at once."""
+    latents = torch.zeros(1, 4, 8, 8)
+    with ThreadPoolExecutor(1) as other, tap(diffusion.unet, [COARSE], stop=True) as taps:
+        whole = other.submit(diffusion.predict, latents + 1, timestep=0, generator=seeded()).result()
+        assert not taps and whole.shape == latents.shape
+        diffusion.predict(latents, timestep=0, generator=seeded())
+        pytest.fail("the U-Net went on")
+    with tap(diffusion.unet, [COARSE]) as alone:
+        diffusion.predict(latents, timestep=0, generator=seeded())
+    assert all(one.equal(other) for one, other in zip(taps[COARSE], alone[COARSE], strict=True))
 
 
 def test_nothing_runs_after_the_last_tap(diffusion):

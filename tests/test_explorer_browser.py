@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.error import URLError
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -28,6 +28,10 @@ TOKEN = "explore"
 CI = os.environ.get("CI") == "true"
 PATIENCE = 300_000  # ms, for each step: a machine may be busy, and a first run draws MiniVOC
 EXPLORERS = ("cams", "patches", "diffusion", "scenes", "runs")  # in the order of the notebook
+DRAWN = """([number, before]) => {
+    const image = document.querySelectorAll('.diclip-explorer')[number]?.querySelector('img.widget-image');
+    return image && image.naturalWidth > 300 && image.src !== before;
+}"""
 SETTINGS = {  # nothing pops up, and outputs that are out of sight stay in the page
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
     "notebook-extension/tracker": {"windowingMode": "none"},
@@ -126,6 +130,7 @@ def page(browser, tmp_path_factory):
     command = ["jupyter", "lab", "--no-browser", "--allow-root", "--ip=127.0.0.1", "--ServerApp.port_retries=0"]
     command += [f"--IdentityProvider.token={TOKEN}", f"--ServerApp.root_dir={home / 'work'}"]
     with serving(home, *command) as address:
+        _start_kernel(address)
         page = _open(browser, f"{address}/lab/tree/08_explorer.ipynb?token={TOKEN}&reset")
         page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first.wait_for()  # else it asks for a kernel
         shown = page.locator(".jp-SideBar.jp-mod-left .lm-TabBar-tab.lm-mod-current")
@@ -138,6 +143,14 @@ def page(browser, tmp_path_factory):
         page.close()
 
 
+def _start_kernel(address: str) -> None:
+    """Start the notebook's kernel before the page does: on a busy machine JupyterLab starts two, and ends the first."""
+    session = {"path": "08_explorer.ipynb", "name": "", "type": "notebook", "kernel": {"name": "python3"}}
+    headers = {"Authorization": f"token {TOKEN}", "Content-Type": "application/json"}
+    with urlopen(Request(f"{address}/api/sessions", json.dumps(session).encode(), headers), timeout=300) as answer:
+        assert answer.status == 201
+
+
 def _explorer(page, number: int):
     return page.locator(".diclip-explorer").nth(number)
 
@@ -148,10 +161,8 @@ def _picture(page, number: int):
 
 def _drawn(page, number: int) -> str:
     """Wait until an explorer's picture is there; return its address, which changes with the picture."""
-    picture = _picture(page, number)
-    picture.wait_for()
-    page.wait_for_function("image => image.naturalWidth > 300", arg=picture.element_handle())
-    return picture.get_attribute("src")
+    page.wait_for_function(DRAWN, arg=[number, ""])
+    return _picture(page, number).get_attribute("src")
 
 
 def _all_drawn(page, folder: Path) -> None:
@@ -163,7 +174,8 @@ def _all_drawn(page, folder: Path) -> None:
         _keep(page, "failed", folder)
         errors = page.locator('[data-mime-type="application/vnd.jupyter.error"]').all_inner_texts()
         prompts = page.locator(".jp-CodeCell .jp-InputPrompt").all_text_contents()
-        raise AssertionError(f"no explorer {number}: {errors}, {prompts}, {page.complaints}") from error
+        lines = page.locator(".diclip-explorer .widget-html-content").all_inner_texts()
+        raise AssertionError(f"no explorer {number}: {errors}, {prompts}, {page.complaints}, {lines}") from error
 
 
 def _control(page, number: int, label: str):
@@ -177,9 +189,7 @@ def _changes(page, number: int, act) -> None:
     before, picture = _drawn(page, number), _picture(page, number)
     picture.scroll_into_view_if_needed()
     act()
-    page.wait_for_function(
-        "([image, before]) => image.src !== before && image.naturalWidth > 300", arg=[picture.element_handle(), before]
-    )
+    page.wait_for_function(DRAWN, arg=[number, before])
 
 
 def _slide(page, number: int, label: str, key: str = "ArrowRight") -> None:

@@ -1,5 +1,6 @@
 """The patch explorer: rows and scores by hand, what is computed anew, wrong patches."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 from diclip.cam import minmax
 from diclip.explorers.core import Pick, Studio
-from diclip.explorers.patch import KINDS, PatchChoice, PatchExplorer
+from diclip.explorers.patch import KINDS, PatchChoice, PatchExplorer, listening
 from diclip.surgery import attend, head_sum, project
 
 widgets = pytest.importorskip("ipywidgets")
@@ -44,6 +45,15 @@ def test_a_patchs_row_is_the_attentions(studio, kind):
     title, found = PatchExplorer(studio).clip_row(choice, studio.batch(photo, (), studio.classes), (16, 16))
     torch.testing.assert_close(found, by_hand(studio, choice, KINDS[kind]), atol=1e-5, rtol=0)
     assert title == f"block 3, head 2: {kind}"
+
+
+def test_another_thread_is_not_heard(studio):
+    modules, images = [block.ln_1 for block in studio.clip.blocks], torch.rand(1, 3, 128, 128)
+    with ThreadPoolExecutor(1) as other, listening(modules) as heard:
+        other.submit(studio.frozen.encode, images).result()
+        assert heard == []
+        studio.frozen.encode(images, surgery_blocks=0)
+    assert len(heard) == len(modules)
 
 
 def test_the_diffusions_row_is_its_attention(full_studio):

@@ -2,7 +2,9 @@
 
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Event
 
 import numpy as np
 import pytest
@@ -160,6 +162,26 @@ def test_masks_and_figure_are_saved_and_nothing_is_overwritten(studio, tmp_path)
 
 
 # Models that remember
+
+
+def test_what_two_threads_want_is_made_once():
+    memo, begun, go = Memo(), Event(), Event()
+
+    def make() -> object:
+        begun.set()
+        assert go.wait(60)
+        return object()
+
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(memo, "model", "same", make)
+        assert begun.wait(60)
+        second = threads.submit(memo, "model", "same", make)
+        assert memo("model", "another", lambda: 1) == 1  # nobody else waits
+        go.set()
+        assert first.result(60) is second.result(60) and memo.made["model"] == 2
+    with pytest.raises(ValueError, match="at first"):
+        memo("model", "third", lambda: int("at first"))
+    assert memo("model", "third", lambda: 3) == 3
 
 
 def test_a_remembering_clip_says_what_the_clip_says(studio):

@@ -28,27 +28,37 @@ T = TypeVar("T")
 
 
 class Memo:
-    """Remember the last `keep` results of each stage; `made` counts what had to be computed, by stage."""
+    """Remember the last `keep` results of each stage; `made` counts what had to be computed, by stage.
+
+    Threads may ask at once: who asks for what another is making waits for it, and nobody else does.
+    """
 
     def __init__(self, *, keep: int = 24) -> None:
         self.keep, self.made = keep, Counter()
         self._stages: dict[str, OrderedDict[Hashable, Any]] = {}
-        self._lock = Lock()  # a notebook's cells and the widgets' thread ask at once
+        self._making: dict[tuple[str, Hashable], Lock] = {}
+        self._lock = Lock()
 
     def __call__(self, stage: str, key: Hashable, make: Callable[[], T]) -> T:
         """Return what `make` returned for that key, at the first time by calling it."""
         known = self._stages.setdefault(stage, OrderedDict())
         with self._lock:
-            if key in known:
-                known.move_to_end(key)
-                return known[key]
-        made = make()  # unlocked: who asks for something else need not wait
-        with self._lock:
-            known[key] = made
-            self.made[stage] += 1
-            while len(known) > self.keep:
-                known.popitem(last=False)
-        return made
+            making = self._making.setdefault((stage, key), Lock())
+        try:
+            with making:
+                with self._lock:
+                    if key in known:
+                        known.move_to_end(key)
+                        return known[key]
+                made = make()
+                with self._lock:
+                    known[key] = made
+                    self.made[stage] += 1
+                    while len(known) > self.keep:
+                        known.popitem(last=False)
+                return made
+        finally:
+            self._making.pop((stage, key), None)
 
 
 def digest(*tensors: Tensor | None) -> tuple[bytes | None, ...]:

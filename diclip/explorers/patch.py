@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from threading import get_ident
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -192,9 +194,15 @@ class PatchExplorer:
 
 @contextmanager
 def listening(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
-    """Collect what modules return, in the order in which they are called."""
+    """Collect what modules return to this thread, in the order in which it calls them."""
     heard: list[Tensor] = []
-    handles = [module.register_forward_hook(lambda own, inputs, output: heard.append(output)) for module in modules]
+    owner = get_ident()
+
+    def hear(module: nn.Module, arguments: Any, output: Tensor) -> None:
+        if get_ident() == owner:
+            heard.append(output)
+
+    handles = [module.register_forward_hook(hear) for module in modules]
     try:
         yield heard
     finally:
