@@ -33,6 +33,8 @@ LEARNED = (
     "dynamic_from",
     "adapter_slots",
     "adapter_strength",
+    "label_scale",
+    "label_power",
 )
 """Settings that weights remember: without them they would be read wrongly."""
 

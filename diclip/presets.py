@@ -120,7 +120,14 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
         "coco": {"pixel_norm": "clip", "tau_box": 0.7, "caa_layers": 8},
     },
     "excel": {
-        "mini": {"attention": "qkv", "surgery_blocks": 3, "train_caa": False, **_SWITCH_EXCEL_VOC},
+        "mini": {
+            "attention": "qkv",
+            "surgery_blocks": 3,
+            "train_caa": False,
+            "label_scale": 1.25,
+            "label_power": 0.8,
+            **_SWITCH_EXCEL_VOC,
+        },
         "voc": {
             "attention": "qkv",
             "surgery_blocks": 5,
@@ -132,7 +139,14 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
     },
     # On VOC the defaults: the decoder's pairs from step 4,000 of 20,000, the adapter from the first.
     "diclip": {
-        "mini": {"caa_layers": 2, "rar_rounds": 3, "train_caa": False, "train_rar_rounds": 1},
+        "mini": {
+            "caa_layers": 2,
+            "rar_rounds": 3,
+            "train_caa": False,
+            "train_rar_rounds": 1,
+            "label_scale": 1.25,
+            "label_power": 0.7,
+        },
         "coco": {"affinity_from": 0.4, "dynamic_from": 0.6, "own_labels_from": 0.8},
     },
 }

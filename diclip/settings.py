@@ -177,6 +177,8 @@ class Settings(BaseModel):
     adapter_dropout: float = Field(0.1, ge=0, lt=1, description="share of the adapter's values dropped in training")
     adapter_weight: float = Field(0.1, ge=0, description="weight of the adapter's loss")
     adapter_strength: float = Field(0.1, ge=0, description="weight of the adapter in the trained maps")
+    label_scale: float = Field(1.0, gt=0, description="scale of a training's crops that their labels are made at")
+    label_power: float = Field(1.0, gt=0, description="power of the background score in these labels; < 1: less object")
     train_caa: bool = Field(True, description="spread the labels of a training by CAA")
     train_rar_rounds: int = Field(5, ge=0, description="RAR's steps, for the labels of a training")
     par_rounds: int = Field(20, ge=0, description="rounds of pixel-adaptive refinement, for ExCEL's labels")

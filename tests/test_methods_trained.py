@@ -313,3 +313,29 @@ def test_systems_are_built_on_their_methods(make):
     memory = Memory.load(make("diclip").settings.memory)
     assert make("diclip").segmenter.adapter.keys.out_features == len(memory.keys) + 87
     assert make("excel").segmenter.adapter is None
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_labels_are_made_at_their_own_scale(make, method):
+    """Maps are those of the enlarged crops, the decoder sees the crops; what it learnt reaches the larger grid."""
+    own = {"label_scale": 1.5, "label_power": 0.7, "par_rounds": 0, "train_rar_rounds": 0, "train_caa": False}
+    given = batch()
+    larger = replace(given, images=F.interpolate(given.images, scale_factor=1.5, mode="bilinear", align_corners=False))
+    grid = tuple(side * 3 // 2 for side in GRID)
+    for learnt in (1.0, 0.0):  # never, and from the first step
+        scaled = make(method, dynamic_from=learnt, affinity_from=1.0, **own)
+        plain = make(method, dynamic_from=learnt, affinity_from=1.0, **own | {"label_scale": 1.0})
+        plain.load_state_dict(scaled.state_dict())
+        view = scaled.teacher.look(given, step=None)
+        assert view.encoded.grid == grid and view.seen.grid == GRID
+        (_, maps), *_ = plain.rungs(larger)
+        if method == "diclip":
+            maps = rar(maps, view.fine, rounds=0, grid=view.fine_grid)
+        found = scaled.pseudo_labels(given)
+        expected = pseudo_labels(maps, [SIZE] * len(given), power=0.7, restretch=method == "diclip")
+        assert found.shape == (3, *SIZE) and found.unique().numel() > 1
+        assert (found != torch.stack(expected)).float().mean() < 0.005
+    logits = scaled.segment(given.images)
+    assert logits.shape[2:] == GRID
+    seg = balanced_cross_entropy(logits, scaled.pseudo_labels(given, 0))
+    torch.testing.assert_close(scaled.loss(given, step=0)["seg"], seg, rtol=1e-4, atol=1e-5)

@@ -144,9 +144,9 @@ def test_time_runs_out_and_goes_on(chosen, tmp_path):
 
 
 def test_three_kills_change_nothing(chosen, processes, tmp_path):
-    """Kill -9 whenever another line is logged, at the start, in the middle and at the end; go on each time."""
-    settings = chosen(tmp_path / "killed", max_iters=30)
-    for lines in (1, 14, 29):
+    """Kill -9 whenever another line is logged, early, in the middle and late; go on each time."""
+    settings = chosen(tmp_path / "killed", max_iters=60)
+    for lines in (1, 20, 45):
         process = processes.Process(target=run, args=(settings,))
         process.start()
         while process.is_alive() and not _logged(tmp_path / "killed", lines):
@@ -155,7 +155,7 @@ def test_three_kills_change_nothing(chosen, processes, tmp_path):
         process.join()
         assert process.exitcode == -signal.SIGKILL and not (tmp_path / "killed/finished.json").exists()
     for name in ("killed", "whole"):
-        process = processes.Process(target=run, args=(chosen(tmp_path / name, max_iters=30),))
+        process = processes.Process(target=run, args=(chosen(tmp_path / name, max_iters=60),))
         process.start()
         process.join()
         assert process.exitcode == 0 and (tmp_path / name / "finished.json").exists()

@@ -20,13 +20,18 @@ from diclip.methods.diclip import DiCLIP
 from diclip.methods.excel import ExCEL
 from diclip.refine import par, rar
 from diclip.settings import Settings
+from diclip.tta import resized
 
 
 @dataclass(frozen=True)
 class View:
-    """Hold what the frozen models say of a batch."""
+    """Hold what the frozen models say of a batch: its maps are made of `encoded`, the decoder sees `seen`.
+
+    They are one unless labels are made at another scale.
+    """
 
     encoded: Encoded
+    seen: Encoded
     fine: Tensor | None = None  # (B, M, M), the diffusion's fine self-attention
     fine_grid: tuple[int, int] = (0, 0)
 
@@ -72,7 +77,9 @@ class ExCELTeacher:
 
     def look(self, batch: Batch, *, step: int | None) -> View:
         """Run CLIP, and keep what the calibration will change."""
-        return View(self.method.encode(batch, tokens=self.settings.decoder_tokens, need_pull=True))
+        scaled = at_label_scale(batch, self.settings, step=self.method.clip.patch_size)
+        encoded = self.method.encode(scaled, tokens=self.settings.decoder_tokens, need_pull=True)
+        return View(encoded, _seen(encoded, batch, scaled, self.settings, self.method.clip))
 
     def rungs(self, batch: Batch, view: View, learned: Learned) -> Iterator[tuple[str, Maps]]:
         """Yield `dynamic`, which without learned pairs is the static map, and `caa`."""
@@ -87,7 +94,7 @@ class ExCELTeacher:
             maps = self.method.spread(maps, view.encoded, affinity=learned.affinity)
         images = truncated(batch.images) if self.settings.par_image == "truncated" else batch.images
         how = {"iterations": self.settings.par_rounds, "dilations": self.settings.par_dilations}
-        return _stack(maps, batch, refine=lambda scores: par(scores, images, **how))
+        return _stack(maps, batch, self.settings, refine=lambda scores: par(scores, images, **how))
 
     def dynamic(self, batch: Batch, view: View, learned: Learned) -> Maps:
         """Return the maps before any refinement."""
@@ -113,9 +120,11 @@ class DiCLIPTeacher:
         """Run the diffusion model, and CLIP with the bias that it gives."""
         if step is not None:  # noise is drawn by an image's name: then a step's is its own, whatever the batch
             batch = replace(batch, names=[f"{name} {step}" for name in batch.names])
-        coarse, fine, fine_grid = self.method.correlation(batch)
+        scaled = at_label_scale(batch, self.settings, step=self.method.clip.patch_size)
+        coarse, fine, fine_grid = self.method.correlation(scaled)
         bias = self.settings.bias_strength * coarse
-        return View(self.method.encode(batch, bias=bias, tokens=self.settings.decoder_tokens), fine, fine_grid)
+        encoded = self.method.encode(scaled, bias=bias, tokens=self.settings.decoder_tokens)
+        return View(encoded, _seen(encoded, batch, scaled, self.settings, self.method.clip), fine, fine_grid)
 
     def rungs(self, batch: Batch, view: View, learned: Learned) -> Iterator[tuple[str, Maps]]:
         """Yield `dynamic`, which without the adapter is the memory's map, `caa` and `rar`."""
@@ -131,7 +140,7 @@ class DiCLIPTeacher:
         if self.settings.train_caa:
             maps = self.method.spread(maps, view.encoded, affinity=learned.affinity)
         maps = rar(maps, view.fine, rounds=self.settings.train_rar_rounds, grid=view.fine_grid)
-        return _stack(maps, batch, restretch=True)
+        return _stack(maps, batch, self.settings, restretch=True)
 
     def dynamic(self, batch: Batch, view: View, learned: Learned) -> Maps:
         """Return the maps before any refinement."""
@@ -157,7 +166,8 @@ class MaskTeacher:
 
     def look(self, batch: Batch, *, step: int | None) -> View:
         """Run CLIP."""
-        return View(tokens_of(self.settings, self.clip, batch.images))
+        seen = tokens_of(self.settings, self.clip, batch.images)
+        return View(seen, seen)
 
     def rungs(self, batch: Batch, view: View, learned: Learned) -> Iterator[tuple[str, Maps]]:
         """Yield nothing: there are no maps."""
@@ -185,6 +195,17 @@ def tokens_of(settings: Settings, clip: DenseCLIP, images: Tensor) -> Encoded:
     )
 
 
+def at_label_scale(batch: Batch, settings: Settings, *, step: tuple[int, int]) -> Batch:
+    """Return the batch itself, or with images `label_scale` times as large, their sides multiples of `step`."""
+    if settings.label_scale == 1:
+        return batch
+    return replace(batch, images=resized(batch.images, settings.label_scale, step=step))
+
+
+def _seen(encoded: Encoded, batch: Batch, scaled: Batch, settings: Settings, clip: DenseCLIP) -> Encoded:
+    return encoded if scaled is batch else tokens_of(settings, clip, batch.images)
+
+
 def truncated(images: Tensor) -> Tensor:
     """Return images (B, 3, H, W) in [0, 1] as the released code shows them to PAR.
 
@@ -198,10 +219,12 @@ def truncated(images: Tensor) -> Tensor:
 def _stack(
     maps: Maps,
     batch: Batch,
+    settings: Settings,
     *,
     restretch: bool = False,
     refine: Callable[[list[Tensor]], list[Tensor]] | None = None,
 ) -> Tensor:
     """Return the labels (B, H, W) of maps at the size of the batch's images."""
     height, width = batch.images.shape[2:]
-    return torch.stack(pseudo_labels(maps, [(height, width)] * len(batch), restretch=restretch, refine=refine))
+    how = {"power": settings.label_power, "restretch": restretch, "refine": refine}
+    return torch.stack(pseudo_labels(maps, [(height, width)] * len(batch), **how))

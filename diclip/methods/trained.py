@@ -27,12 +27,12 @@ from diclip.settings import Settings, shown
 
 @dataclass(frozen=True)
 class Decoded:
-    """Hold what the trained parts say of a batch, with gradients."""
+    """Hold what the trained parts say of a batch, with gradients; the last two where its maps are made."""
 
     logits: Tensor  # (B, 1 + C, h, w), background first
-    pairs: Tensor  # (B, N, N), `pair_logits` of the features
-    affinity: Tensor  # (B, N, N), their sigmoid
-    adapted: Tensor | None  # (B, 1 + C, h, w)
+    affinity: Tensor  # (B, N, N) in [0, 1], sigmoid of `pair_logits` of the features
+    pairs: Tensor  # (B, M, M), `pair_logits`, M = N unless labels are made at another scale
+    adapted: Tensor | None  # (B, 1 + C, h', w')
 
 
 class System(nn.Module):
@@ -79,7 +79,7 @@ class System(nn.Module):
             if self._reached(settings.own_labels_from, step):
                 logits = decoded.logits.detach().float()
                 own = F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=False).argmax(1)
-            targets = pair_targets(own, view.encoded.grid, radius=settings.pair_radius)
+            targets = pair_targets(own, view.seen.grid, radius=settings.pair_radius)
             parts = {
                 "seg": balanced_cross_entropy(decoded.logits, labels),
                 "div": diversity_loss(decoded.affinity, targets),
@@ -159,21 +159,26 @@ class System(nn.Module):
     def _decode(self, view: View, *, generator: torch.Generator | None = None, together: bool = False) -> Decoded:
         """Run the trained parts, as one of the processes that train `together` or alone."""
         settings, encoded = self.settings, view.encoded
-        features, logits = self.segmenter(encoded.tokens, encoded.grid, generator=generator)
+        features, logits = self.segmenter(view.seen.tokens, view.seen.grid, generator=generator)
         total = {"total": over_processes} if together else {}
         with self._exact():
-            pairs = pair_logits(features.float(), mean=settings.pair_mean, **total)
+            own = pairs = pair_logits(features.float(), mean=settings.pair_mean, **total)
+        if view.seen is not encoded:
+            with torch.no_grad():
+                features, _ = self.segmenter(encoded.tokens, encoded.grid)
+                with self._exact():
+                    pairs = pair_logits(features.float(), mean=settings.pair_mean, **total)
         adapted = None
         if self.segmenter.adapter is not None:
             how = {"pooled_is_token": self.clip.pooled_is_token, "norm_dim": settings.norm_dim}
             patches, _ = normalise(encoded.patches, encoded.pooled, **how)
             adapted = self.segmenter.adapter(patches, generator=generator).unflatten(-1, encoded.grid)
-        return Decoded(logits, pairs, pairs.sigmoid(), adapted)
+        return Decoded(logits, own.sigmoid(), pairs, adapted)
 
     def _learned(self, decoded: Decoded, step: int | None) -> Learned:
         """Return what the teacher may use at a step."""
         dynamic = self._reached(self.settings.dynamic_from, step)
-        affinity = decoded.affinity.detach() if self._reached(self.settings.affinity_from, step) else None
+        affinity = decoded.pairs.detach().sigmoid() if self._reached(self.settings.affinity_from, step) else None
         pairs, adapted = (
             x.detach().float() if dynamic and x is not None else None for x in (decoded.pairs, decoded.adapted)
         )

@@ -103,7 +103,8 @@ def views(systems):
         if name == "excel":
             return system.teacher.look(batch(EXCEL), step=0)
         bias = DICLIP["D_tilde"][None]
-        return View(system.teacher.method.encode(batch(DICLIP), bias=bias, tokens="aliased"))
+        encoded = system.teacher.method.encode(batch(DICLIP), bias=bias, tokens="aliased")
+        return View(encoded, encoded)
 
     return look
 
