@@ -227,9 +227,9 @@ def affinities(beside: Beside, batch: Batch, blocks: Iterable[int]) -> dict[str,
     attention = method.clip.encode(batch.images, surgery_blocks=0, tokens=None).attention  # (L, B, 1 + N, 1 + N)
     found = {
         "diffusion": coarse,
-        "diffusion, clustered": method.clustered(coarse, batch),
+        "diffusion, clustered": method.clustered(coarse, method.grid(batch)),
         "untrained": blank,
-        "untrained, clustered": method.clustered(blank, batch),
+        "untrained, clustered": method.clustered(blank, method.grid(batch)),
         "colour": colour_texture_affinity(batch.images, method.grid(batch)),
         **{f"CLIP's q-k, block {block}": attention[block, :, 1:, 1:] for block in blocks},
     }

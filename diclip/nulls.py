@@ -138,10 +138,10 @@ class Beside:
         colour = method.walked_colours(batch)
         return {
             "colour": colour,
-            "colour clustered": method.clustered(colour, batch),
+            "colour clustered": method.clustered(colour, method.grid(batch)),
             "place": place_affinity(method.grid(batch)).expand(len(batch), -1, -1).to(coarse),
             "untrained": method.walked(batch, diffusion=self.untrained)[0],
-            "clusters": method.clustered(coarse, batch),
+            "clusters": method.clustered(coarse, method.grid(batch)),
             "no clusters": coarse,
         }
 

@@ -94,19 +94,27 @@ class DiCLIP(PlainCLIP):
         bias = self.settings.bias_strength * coarse
         return Seen(self.encode(batch), self.encode(batch, bias=bias, need_attention=False), fine, fine_grid)
 
-    def correlation(self, batch: Batch) -> tuple[Tensor, Tensor, tuple[int, int]]:
-        """Return the correlation (B, N, N) that biases CLIP, the fine attention (B, M, M), and its grid."""
-        coarse, fine, fine_grid = self.walked(batch)
-        if self.settings.correlation == "colour":
-            coarse = self.walked_colours(batch)
-        return self.clustered(coarse, batch) if self.settings.acr else coarse, fine, fine_grid
+    def correlation(
+        self, batch: Batch, *, grid: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """Return the correlation (B, N, N) that biases CLIP, the fine attention (B, M, M), and its grid.
 
-    def walked(self, batch: Batch, *, diffusion: Diffusion | None = None) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        N are the patches of the batch's images, or of another `grid`, for a CLIP that looks at them enlarged.
+        """
+        grid = grid or self.grid(batch)
+        coarse, fine, fine_grid = self.walked(batch, grid=grid)
+        if self.settings.correlation == "colour":
+            coarse = self.walked_colours(batch, grid=grid)
+        return self.clustered(coarse, grid) if self.settings.acr else coarse, fine, fine_grid
+
+    def walked(
+        self, batch: Batch, *, grid: tuple[int, int] | None = None, diffusion: Diffusion | None = None
+    ) -> tuple[Tensor, Tensor, tuple[int, int]]:
         """Return what a diffusion model (the system's own) says before clustering, as `correlation` does.
 
         Both are averages over the settings' timesteps and draws of noise, on CLIP's device.
         """
-        settings, diffusion = self.settings, diffusion or self.diffusion
+        settings, diffusion, grid = self.settings, diffusion or self.diffusion, grid or self.grid(batch)
         noise = [image_generator(settings.seed, name) for name in batch.names]
         latents = diffusion.encode(batch.images)
         draws = list(product(settings.diffusion_timesteps, range(settings.diffusion_draws)))
@@ -126,7 +134,7 @@ class DiCLIP(PlainCLIP):
                 taps.coarse_q,
                 taps.coarse_k,
                 source=taps.coarse_grid,
-                grid=self.grid(batch),
+                grid=grid,
                 heads=settings.coarse_heads,
                 threshold=settings.correlation_threshold,
                 softmax=settings.correlation_softmax,
@@ -136,15 +144,15 @@ class DiCLIP(PlainCLIP):
         coarse, fine = (total.to(self.clip.device) for total in totals)
         return coarse, fine, taps.fine_grid
 
-    def walked_colours(self, batch: Batch) -> Tensor:
+    def walked_colours(self, batch: Batch, *, grid: tuple[int, int] | None = None) -> Tensor:
         """Return the same walk along colour and texture, the null of the diffusion's correlation: (B, N, N)."""
-        affinity = colour_texture_affinity(batch.images, self.grid(batch))
+        affinity = colour_texture_affinity(batch.images, grid or self.grid(batch))
         heads = torch.stack([affinity] * len(self.settings.coarse_heads), 1)
         return walk(heads, threshold=self.settings.correlation_threshold).to(self.clip.device)
 
-    def clustered(self, correlation: Tensor, batch: Batch) -> Tensor:
-        """Replace the rows of a correlation (B, N, N) by the means of their clusters."""
-        return acr(correlation, cluster(correlation, grid=self.grid(batch)))
+    def clustered(self, correlation: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Replace the rows of a correlation (B, N, N), N = h·w of a grid, by the means of their clusters."""
+        return acr(correlation, cluster(correlation, grid=grid))
 
     def grid(self, batch: Batch) -> tuple[int, int]:
         """Return CLIP's patches down and across."""

@@ -49,7 +49,7 @@ class Teacher(Protocol):
     """Look at a batch with frozen models, once, then make maps and labels of it with what is learnt by then.
 
     `labels` are (B, H, W), int64, at the size of the batch's images; `rungs` yields the maps by name, `raw` before any
-    refinement. With a `step` noise is drawn anew.
+    refinement. A `step` is one of a training: noise is drawn anew, and what only `rungs` needs may be left out.
     """
 
     raw: tuple[str, ...]
@@ -78,7 +78,9 @@ class ExCELTeacher:
     def look(self, batch: Batch, *, step: int | None) -> View:
         """Run CLIP, and keep what the calibration will change."""
         scaled = at_label_scale(batch, self.settings, step=self.method.clip.patch_size)
-        encoded = self.method.encode(scaled, tokens=self.settings.decoder_tokens, need_pull=True)
+        attention = self.settings.train_caa or step is None
+        how = {"tokens": self.settings.decoder_tokens, "need_attention": attention, "need_pull": True}
+        encoded = self.method.encode(scaled, **how)
         return View(encoded, _seen(encoded, batch, scaled, self.settings, self.method.clip))
 
     def rungs(self, batch: Batch, view: View, learned: Learned) -> Iterator[tuple[str, Maps]]:
@@ -121,9 +123,9 @@ class DiCLIPTeacher:
         if step is not None:  # noise is drawn by an image's name: then a step's is its own, whatever the batch
             batch = replace(batch, names=[f"{name} {step}" for name in batch.names])
         scaled = at_label_scale(batch, self.settings, step=self.method.clip.patch_size)
-        coarse, fine, fine_grid = self.method.correlation(scaled)
-        bias = self.settings.bias_strength * coarse
-        encoded = self.method.encode(scaled, bias=bias, tokens=self.settings.decoder_tokens)
+        coarse, fine, fine_grid = self.method.correlation(batch, grid=self.method.grid(scaled))
+        bias, attention = self.settings.bias_strength * coarse, self.settings.train_caa or step is None
+        encoded = self.method.encode(scaled, bias=bias, tokens=self.settings.decoder_tokens, need_attention=attention)
         return View(encoded, _seen(encoded, batch, scaled, self.settings, self.method.clip), fine, fine_grid)
 
     def rungs(self, batch: Batch, view: View, learned: Learned) -> Iterator[tuple[str, Maps]]:
