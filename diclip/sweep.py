@@ -24,7 +24,15 @@ from diclip.score import Counts, miou, paired_interval
 from diclip.settings import ROOT, Folder, load_settings, shown
 from diclip.train import FREE
 
-MEASURED = ("val_miou", "pseudo_miou", "training_free_miou", "full_supervision_miou", "seconds", "peak_mb")
+MEASURED = (
+    "val_miou",
+    "pseudo_miou",
+    "training_free_miou",
+    "joined_miou",
+    "full_supervision_miou",
+    "seconds",
+    "peak_mb",
+)
 
 
 TAUGHT = ("method", "supervision", "train_images", "split")

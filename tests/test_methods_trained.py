@@ -15,6 +15,7 @@ from diclip.labels import pseudo_labels
 from diclip.losses import balanced_cross_entropy, diversity_loss, pair_targets
 from diclip.memory import Memory, fuse, retrieve
 from diclip.methods.diclip import DiCLIP
+from diclip.methods.teachers import View
 from diclip.methods.trained import System, build_system
 from diclip.refine import par, rar
 from diclip.settings import Settings, load_settings
@@ -38,7 +39,8 @@ def make(clip, tiny_diffusion, tiny_memory, tmp_path_factory):
     small = {"max_iters": 10, "decoder_width": 16, "decoder_heads": 2, "decoder_layers": 1, "par_rounds": 2}
 
     def build(method: str, *, labels: bool = True, **changed: object) -> System:
-        options = models | small | {"method": method, "device": "cpu", "attribute_clusters": 5} | changed
+        options = models | small | {"method": method, "device": "cpu", "attribute_clusters": 5}
+        options |= {"label_scale": 1.0, "label_power": 1.0} | changed  # as published
         return build_system(load_settings(**options), clip, labels=labels)
 
     return build
@@ -137,6 +139,25 @@ def test_labels_with_and_without_what_is_learnt(make, method):
     never = make(method, affinity_from=1, dynamic_from=1, **own)
     assert found["training-free labels"].equal(never.pseudo_labels(given, 9))
     assert not found["training-free labels"].equal(found["pseudo labels"])
+    assert not found["labels with the network"].equal(found["pseudo labels"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_labels_with_the_network_are_the_maps_times_its_word(make, method):
+    given, share = batch(), 0.5
+    alone, joined = (
+        make(method, label_network=weight).compared_labels(given)["labels with the network"] for weight in (0.0, share)
+    )
+    system = make(method, label_network=share)
+    assert alone.equal(system.pseudo_labels(given))
+    view = system.teacher.look(given, step=None)
+    scores = system.teacher.scores(given, view, system._learned(system._decode(view), None))
+    logits = F.interpolate(system.segment(given.images), size=SIZE, mode="bilinear")
+    for index, (score, tags) in enumerate(zip((own for own, _ in scores), given.tags, strict=True)):
+        classes = torch.tensor([0, *(tags + 1)])
+        said = logits[index, classes].log_softmax(0)
+        expected = classes[(score.clamp(min=1e-30).log() + share * said).argmax(0)]
+        assert (joined[index] != expected).float().mean() < 0.005
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -324,15 +345,20 @@ def test_labels_are_made_at_their_own_scale(make, method):
     grid = tuple(side * 3 // 2 for side in GRID)
     for learnt in (1.0, 0.0):  # never, and from the first step
         scaled = make(method, dynamic_from=learnt, affinity_from=1.0, **own)
-        plain = make(method, dynamic_from=learnt, affinity_from=1.0, **own | {"label_scale": 1.0})
-        plain.load_state_dict(scaled.state_dict())
-        view = scaled.teacher.look(given, step=None)
-        assert view.encoded.grid == grid and view.seen.grid == GRID
-        (_, maps), *_ = plain.rungs(larger)
+        teacher = scaled.teacher
+        fine, fine_grid, how = None, (0, 0), {"need_pull": method == "excel", "tokens": "clean"}
+        if method == "diclip":  # the diffusion model sees the crops themselves
+            coarse, fine, fine_grid = teacher.method.correlation(given, grid=grid)
+            how["bias"] = scaled.settings.bias_strength * coarse
+        encoded = teacher.method.encode(larger, **how)
+        learned = scaled._learned(scaled._decode(View(encoded, encoded)), None)
+        assert (learned.pairs is None) == (learnt == 1)
+        maps = teacher.dynamic(given, View(encoded, encoded, fine, fine_grid), learned)
         if method == "diclip":
-            maps = rar(maps, view.fine, rounds=0, grid=view.fine_grid)
-        found = scaled.pseudo_labels(given)
+            maps = rar(maps, fine, rounds=0, grid=fine_grid)
         expected = pseudo_labels(maps, [SIZE] * len(given), power=0.7, restretch=method == "diclip")
+        view, found = teacher.look(given, step=None), scaled.pseudo_labels(given)
+        assert view.encoded.grid == grid and view.seen.grid == GRID
         assert found.shape == (3, *SIZE) and found.unique().numel() > 1
         assert (found != torch.stack(expected)).float().mean() < 0.005
     logits = scaled.segment(given.images)
