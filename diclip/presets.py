@@ -127,6 +127,7 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
             "label_scale": 1.25,
             "label_power": 0.8,
             **_SWITCH_EXCEL_VOC,
+            "dynamic_from": 0.9,
         },
         "voc": {
             "attention": "qkv",
@@ -146,6 +147,7 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
             "train_rar_rounds": 1,
             "label_scale": 1.25,
             "label_power": 0.7,
+            "dynamic_from": 0.9,
         },
         "coco": {"affinity_from": 0.4, "dynamic_from": 0.6, "own_labels_from": 0.8},
     },

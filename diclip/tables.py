@@ -163,13 +163,7 @@ def training_table(results: Path = RESULTS) -> str:
     found = read("training", results)["means"]
     masks = [line for line in found if line["supervision"] == "masks"]
     ceiling = max(masks, key=lambda line: line["train_images"])["val_miou"]
-    titles = (
-        "learned from",
-        "labels, nothing learned",
-        "labels it learned from",
-        "labels × network",
-        "network, no tags",
-    )
+    titles = ("taught by", "labels, nothing learned", "labels it learned from", "labels × network", "network, no tags")
     lines = [row("", *titles, "of its ceiling", "seconds"), "|---|" + "---|" * 7]
     for line in found:
         name = f"`{line['method']}`" if line["supervision"] == "tags" else "the same decoder"
