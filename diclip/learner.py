@@ -45,9 +45,9 @@ class System(Protocol):
         """Return the maps that the labels are made of."""
 
     def compared_labels(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """Return "training-free labels", "pseudo labels" (what the network learns from at a step) and perhaps others.
+        """Return "training-free labels" and "pseudo labels", what the network learns from at a step.
 
-        All are (B, S, S) int64, 0 background, 255 void.
+        Both are (B, S, S) int64, 0 background, 255 void.
         """
 
 

@@ -120,15 +120,7 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
         "coco": {"pixel_norm": "clip", "tau_box": 0.7, "caa_layers": 8},
     },
     "excel": {
-        "mini": {
-            "attention": "qkv",
-            "surgery_blocks": 3,
-            "train_caa": False,
-            "label_scale": 1.25,
-            "label_power": 0.8,
-            **_SWITCH_EXCEL_VOC,
-            "dynamic_from": 0.9,
-        },
+        "mini": {"attention": "qkv", "surgery_blocks": 3, "train_caa": False, **_SWITCH_EXCEL_VOC},
         "voc": {
             "attention": "qkv",
             "surgery_blocks": 5,

@@ -179,7 +179,6 @@ class Settings(BaseModel):
     adapter_strength: float = Field(0.1, ge=0, description="weight of the adapter in the trained maps")
     label_scale: float = Field(1.0, gt=0, description="scale of a training's crops that their labels are made at")
     label_power: float = Field(1.0, gt=0, description="power of the background score in these labels; < 1: less object")
-    label_network: float = Field(0.5, ge=0, description="a trained network's share in the labels that it refines")
     train_caa: bool = Field(True, description="spread the labels of a training by CAA")
     train_rar_rounds: int = Field(5, ge=0, description="RAR's steps, for the labels of a training")
     par_rounds: int = Field(20, ge=0, description="rounds of pixel-adaptive refinement, for ExCEL's labels")

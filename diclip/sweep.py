@@ -24,8 +24,9 @@ from diclip.score import Counts, miou, paired_interval
 from diclip.settings import ROOT, Folder, load_settings, shown
 from diclip.train import FREE
 
-LABELS = ("training_free_miou", "pseudo_miou", "joined_miou")
-MEASURED = ("val_miou", *LABELS, "full_supervision_miou", "seconds", "peak_mb")
+MEASURED = ("val_miou", "pseudo_miou", "training_free_miou", "full_supervision_miou", "seconds", "peak_mb")
+
+
 TAUGHT = ("method", "supervision", "train_images", "split")
 
 

@@ -21,7 +21,7 @@ from diclip.data.crops import crop_batches, training_images
 from diclip.evaluate import Evaluation, Progress, silent
 from diclip.learner import Learner, System, own_chance, start
 from diclip.runs import create_run, is_finished, write_json
-from diclip.score import interval, miou, paired_interval
+from diclip.score import interval, miou
 from diclip.settings import Settings, shown
 from diclip.validate import count_masks, write_evaluation
 
@@ -159,16 +159,14 @@ class Training:
         which = f"best on {s.tune_split}, step {at.best_step}" if chosen == "best" else f"last, step {at.step}"
         result = write_evaluation(found, s.run_dir / "val.json", checkpoint=which)
         write_json(s.run_dir / "val.json", result)
-        rungs = ("network", "pseudo labels", "training-free labels", "labels with the network")
-        network, labels, static, joined = (_spread(found, name) for name in rungs)
+        rungs = ("network", "pseudo labels", "training-free labels")
+        network, labels, static = (_spread(found, name) for name in rungs)
         return {
             "val_miou": network[0],
             "val_interval": network[1],
             "pseudo_miou": labels[0],
             "pseudo_interval": labels[1],
             "training_free_miou": static[0],
-            "joined_miou": joined[0],
-            "joined_gain": _gain(found, "training-free labels", "labels with the network"),
             "full_supervision_miou": network[0] if s.supervision == "masks" else self.reference,
             "tune_miou": round(at.best, 2) if at.best_step else None,
             "best_step": at.best_step or None,
@@ -256,14 +254,6 @@ def _spread(found: Evaluation, name: str) -> tuple[float | None, list[float] | N
         return None, None
     value, low, high = interval(found.rung(name), generator=np.random.default_rng(found.settings.seed))
     return round(value, 2), [round(low, 2), round(high, 2)]
-
-
-def _gain(found: Evaluation, a: str, b: str) -> list[float] | None:
-    """Return B - A in mIoU with its 95 % interval over images, paired, if both were measured."""
-    if not {a, b} <= {*found.ladder}:
-        return None
-    gain = paired_interval(found.rung(a), found.rung(b), generator=np.random.default_rng(found.settings.seed))
-    return [round(gain.value, 2), round(gain.low, 2), round(gain.high, 2)]
 
 
 def _reference(settings: Settings) -> float | None:

@@ -139,25 +139,6 @@ def test_labels_with_and_without_what_is_learnt(make, method):
     never = make(method, affinity_from=1, dynamic_from=1, **own)
     assert found["training-free labels"].equal(never.pseudo_labels(given, 9))
     assert not found["training-free labels"].equal(found["pseudo labels"])
-    assert not found["labels with the network"].equal(found["pseudo labels"])
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_labels_with_the_network_are_the_maps_times_its_word(make, method):
-    given, share = batch(), 0.5
-    alone, joined = (
-        make(method, label_network=weight).compared_labels(given)["labels with the network"] for weight in (0.0, share)
-    )
-    system = make(method, label_network=share)
-    assert alone.equal(system.pseudo_labels(given))
-    view = system.teacher.look(given, step=None)
-    scores = system.teacher.scores(given, view, system._learned(system._decode(view), None))
-    logits = F.interpolate(system.segment(given.images), size=SIZE, mode="bilinear")
-    for index, (score, tags) in enumerate(zip((own for own, _ in scores), given.tags, strict=True)):
-        classes = torch.tensor([0, *(tags + 1)])
-        said = logits[index, classes].log_softmax(0)
-        expected = classes[(score.clamp(min=1e-30).log() + share * said).argmax(0)]
-        assert (joined[index] != expected).float().mean() < 0.005
 
 
 @pytest.mark.parametrize("method", METHODS)

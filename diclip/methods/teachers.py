@@ -14,7 +14,7 @@ from diclip.affinity import calibrate
 from diclip.cam import Maps, pack
 from diclip.clip import IMAGENET_MEAN, IMAGENET_STD, DenseCLIP, Encoded
 from diclip.data import Batch
-from diclip.labels import soft_labels, to_labels
+from diclip.labels import pseudo_labels
 from diclip.memory import fuse
 from diclip.methods.diclip import DiCLIP
 from diclip.methods.excel import ExCEL
@@ -48,8 +48,7 @@ class Learned:
 class Teacher(Protocol):
     """Look at a batch with frozen models, once, then make maps and labels of it with what is learnt by then.
 
-    `scores` are each image's (1 + n, H, W), background first, at the size of the batch's images, with its class indices
-    (n,); `labels` (B, H, W), int64, what is largest of them. `rungs` yields the maps by name, `raw` before any
+    `labels` are (B, H, W), int64, at the size of the batch's images; `rungs` yields the maps by name, `raw` before any
     refinement. A `step` is one of a training: noise is drawn anew, and what only `rungs` needs may be left out.
     """
 
@@ -60,8 +59,6 @@ class Teacher(Protocol):
     def look(self, batch: Batch, *, step: int | None) -> View: ...
 
     def rungs(self, batch: Batch, view: View, learned: Learned) -> Iterator[tuple[str, Maps]]: ...
-
-    def scores(self, batch: Batch, view: View, learned: Learned) -> list[tuple[Tensor, Tensor]]: ...
 
     def labels(self, batch: Batch, view: View, learned: Learned) -> Tensor: ...
 
@@ -92,18 +89,14 @@ class ExCELTeacher:
         yield "dynamic", maps
         yield "caa", self.method.spread(maps, view.encoded, affinity=learned.affinity)
 
-    def scores(self, batch: Batch, view: View, learned: Learned) -> list[tuple[Tensor, Tensor]]:
-        """Return the scores of classes, and of one minus their maximum, after PAR."""
+    def labels(self, batch: Batch, view: View, learned: Learned) -> Tensor:
+        """Return what is largest after PAR, of classes and of one minus their maximum."""
         maps = self.dynamic(batch, view, learned)
         if self.settings.train_caa:
             maps = self.method.spread(maps, view.encoded, affinity=learned.affinity)
         images = truncated(batch.images) if self.settings.par_image == "truncated" else batch.images
         how = {"iterations": self.settings.par_rounds, "dilations": self.settings.par_dilations}
-        return _scores(maps, batch, self.settings, refine=lambda scores: par(scores, images, **how))
-
-    def labels(self, batch: Batch, view: View, learned: Learned) -> Tensor:
-        """Return what is largest."""
-        return largest(self.scores(batch, view, learned))
+        return _stack(maps, batch, self.settings, refine=lambda scores: par(scores, images, **how))
 
     def dynamic(self, batch: Batch, view: View, learned: Learned) -> Maps:
         """Return the maps before any refinement."""
@@ -143,17 +136,13 @@ class DiCLIPTeacher:
         yield "caa", maps
         yield "rar", rar(maps, view.fine, rounds=self.settings.rar_rounds, grid=view.fine_grid)
 
-    def scores(self, batch: Batch, view: View, learned: Learned) -> list[tuple[Tensor, Tensor]]:
-        """Return the scores of classes, and of one minus their maximum, after RAR."""
+    def labels(self, batch: Batch, view: View, learned: Learned) -> Tensor:
+        """Return what is largest, of classes and of one minus their maximum."""
         maps = self.dynamic(batch, view, learned)
         if self.settings.train_caa:
             maps = self.method.spread(maps, view.encoded, affinity=learned.affinity)
         maps = rar(maps, view.fine, rounds=self.settings.train_rar_rounds, grid=view.fine_grid)
-        return _scores(maps, batch, self.settings, restretch=True)
-
-    def labels(self, batch: Batch, view: View, learned: Learned) -> Tensor:
-        """Return what is largest."""
-        return largest(self.scores(batch, view, learned))
+        return _stack(maps, batch, self.settings, restretch=True)
 
     def dynamic(self, batch: Batch, view: View, learned: Learned) -> Maps:
         """Return the maps before any refinement."""
@@ -185,10 +174,6 @@ class MaskTeacher:
     def rungs(self, batch: Batch, view: View, learned: Learned) -> Iterator[tuple[str, Maps]]:
         """Yield nothing: there are no maps."""
         yield from ()
-
-    def scores(self, batch: Batch, view: View, learned: Learned) -> list[tuple[Tensor, Tensor]]:
-        """Return nothing: there are no maps."""
-        return []
 
     def labels(self, batch: Batch, view: View, learned: Learned) -> Tensor:
         """Return the masks at the size of the images, by nearest pixels; raise ValueError where one is missing."""
@@ -233,18 +218,15 @@ def truncated(images: Tensor) -> Tensor:
     return ((normalised * std.float() + mean.float()).trunc() / 255).to(images.device)
 
 
-def largest(scores: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the labels (B, H, W) of each image's scores (1 + n, H, W) and class indices (n,)."""
-    return torch.stack([to_labels(own, label) for own, label in scores])
-
-
-def _scores(
+def _stack(
     maps: Maps,
     batch: Batch,
     settings: Settings,
     *,
     restretch: bool = False,
     refine: Callable[[list[Tensor]], list[Tensor]] | None = None,
-) -> list[tuple[Tensor, Tensor]]:
-    sizes = [tuple(batch.images.shape[2:])] * len(batch)
-    return list(soft_labels(maps, sizes, power=settings.label_power, restretch=restretch, refine=refine))
+) -> Tensor:
+    """Return the labels (B, H, W) of maps at the size of the batch's images."""
+    height, width = batch.images.shape[2:]
+    how = {"power": settings.label_power, "restretch": restretch, "refine": refine}
+    return torch.stack(pseudo_labels(maps, [(height, width)] * len(batch), **how))

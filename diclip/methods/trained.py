@@ -21,7 +21,7 @@ from diclip.losses import balanced_cross_entropy, diversity_loss, over_processes
 from diclip.memory import Memory
 from diclip.methods import build_clip, build_method
 from diclip.methods.diclip import DiCLIP
-from diclip.methods.teachers import DiCLIPTeacher, ExCELTeacher, Learned, MaskTeacher, Teacher, View, largest, tokens_of
+from diclip.methods.teachers import DiCLIPTeacher, ExCELTeacher, Learned, MaskTeacher, Teacher, View, tokens_of
 from diclip.settings import Settings, shown
 
 
@@ -107,25 +107,11 @@ class System(nn.Module):
 
     @torch.no_grad()
     def compared_labels(self, batch: Batch, step: int | None = None) -> dict[str, Tensor]:
-        """Return `pseudo_labels`, between what the same rule makes without anything learnt and with the network too.
-
-        All are made of one look. The last, for a second training or for whoever has tags, are where the maps' scores
-        times the network's probabilities to the power of `label_network`, of background and tags, are largest. They
-        teach nothing here: a network that learnt from its own word would drift (43 for 48 mIoU on MiniVOC's `tune`).
-        """
+        """Return `pseudo_labels` and before them what the same rule makes without anything learnt, of one look."""
         view = self._look(batch, step)
-        decoded = self._decode(view)
-        size = tuple(batch.images.shape[2:])
         with self._exact():
             static = self.teacher.labels(batch, view, Learned(None, None, None))
-            scores = self.teacher.scores(batch, view, self._learned(decoded, step))
-            logits = F.interpolate(decoded.logits.float(), size=size, mode="bilinear", align_corners=False)
-        joined = []
-        for own, (score, label) in zip(logits, scores, strict=True):
-            said = own[F.pad(label + 1, (1, 0))].softmax(0)  # of what may be there
-            joined.append((score * said**self.settings.label_network, label))
-        found = {"training-free labels": static, "pseudo labels": largest(scores)}
-        return {**found, "labels with the network": largest(joined)}
+        return {"training-free labels": static, "pseudo labels": self._labels(batch, view, self._decode(view), step)}
 
     @torch.no_grad()
     def rungs(self, batch: Batch) -> Iterator[tuple[str, Maps]]:
